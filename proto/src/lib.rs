@@ -1,0 +1,5 @@
+//! The vocabulary that md99's processes share: identifiers, limits, the replica protocol's frames and the gRPC
+//! services. Nothing here performs I/O.
+
+pub mod id;
+pub mod limits;
