@@ -1,3 +1,4 @@
 //! md99's client side. `iscsi` never speaks to a replica; `mirror` never sees an initiator; they meet in `block`.
 
 pub mod block;
+pub mod control;
