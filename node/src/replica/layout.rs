@@ -1,0 +1,229 @@
+//! Where things are in the meta file, and the format of its pages.
+//!
+//! ```text
+//!  0  magic "m9pg"
+//!  4  CRC-32 of bytes 8..4096
+//!  8  kind      u8   1 dirty bitmap, 2 presence bitmap, 3 block map
+//!  9  zero      7 bytes
+//! 16  index     u64  of the page among those of its kind
+//! 24  zero      8 bytes
+//! 32  replica   16 bytes
+//! 48  zero      16 bytes
+//! 64  bitmap:   4032 bytes, bit 0 of byte 0 first
+//!     map:      3 × (256 sums u32, 256 allocation bits, 256 bits "unverified"), then zeroes
+//! ```
+
+use bytes::{BufMut, BytesMut};
+use proto::id::ReplicaId;
+use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+
+/// Bytes in a page of the meta file.
+pub const PAGE: u64 = 4096;
+/// Bits in a bitmap page.
+pub const BITMAP_BITS: u64 = (PAGE - HEADER as u64) * 8;
+/// Words of 64 bits in a bitmap page.
+pub(super) const BITMAP_WORDS: usize = (BITMAP_BITS / 64) as usize;
+/// Regions whose blocks one map page describes.
+pub const MAP_REGIONS: u64 = 3;
+/// Blocks that one map page describes.
+pub const MAP_BLOCKS: u64 = MAP_REGIONS * REGION_BLOCKS;
+/// The version of all this, in the superblock.
+pub const LAYOUT_VERSION: u32 = 1;
+
+const HEADER: usize = 64;
+const MAGIC: [u8; 4] = *b"m9pg";
+const MAP_REGION_BYTES: usize = REGION_BLOCKS as usize * 4 + 32 + 32;
+
+const _: () = assert!(HEADER + MAP_REGIONS as usize * MAP_REGION_BYTES <= PAGE as usize);
+const _: () = assert!(PAGE == BLOCK_SIZE);
+
+/// What a page holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum PageKind {
+    Dirty = 1,
+    Presence = 2,
+    Map = 3,
+}
+
+/// Where things are in the meta file of a replica of a given size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    pub blocks: u64,
+    pub regions: u64,
+    pub map_pages: u64,
+    pub dirty_pages: u64,
+    pub presence_pages: u64,
+}
+
+impl Layout {
+    /// The layout for a replica of `blocks` blocks.
+    pub fn new(blocks: u64) -> Self {
+        let regions = blocks.div_ceil(REGION_BLOCKS);
+        let map_pages = regions.div_ceil(MAP_REGIONS);
+        Self {
+            blocks,
+            regions,
+            map_pages,
+            dirty_pages: regions.div_ceil(BITMAP_BITS),
+            presence_pages: map_pages.div_ceil(BITMAP_BITS),
+        }
+    }
+
+    /// Offset of a superblock copy, 0 or 1.
+    pub fn superblock(&self, copy: u8) -> u64 {
+        u64::from(copy) * PAGE
+    }
+    /// Offset of a page of the dirty bitmap.
+    pub fn dirty(&self, page: u64) -> u64 {
+        (2 + page) * PAGE
+    }
+    /// Offset of a page of the presence bitmap.
+    pub fn presence(&self, page: u64) -> u64 {
+        self.dirty(self.dirty_pages + page)
+    }
+    /// Offset of a page of the block map.
+    pub fn map(&self, page: u64) -> u64 {
+        self.presence(self.presence_pages + page)
+    }
+    /// Length of the meta file.
+    pub fn meta_len(&self) -> u64 {
+        self.map(self.map_pages)
+    }
+    /// Length of the data file.
+    pub fn data_len(&self) -> u64 {
+        self.blocks * BLOCK_SIZE
+    }
+}
+
+/// What is known of the blocks of one map page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapPage {
+    /// CRC-32 of each block; meaningful where it is allocated and verified.
+    pub sums: [u32; MAP_BLOCKS as usize],
+    /// The block has data; otherwise it reads as zeroes.
+    pub allocated: [u64; MAP_BLOCKS as usize / 64],
+    /// The block's sum and allocation were lost: it can't be read until it is equalised (R10).
+    pub unverified: [u64; MAP_BLOCKS as usize / 64],
+}
+
+impl MapPage {
+    /// Nothing allocated, all known.
+    pub fn empty() -> Box<Self> {
+        Box::new(Self { sums: [0; _], allocated: [0; _], unverified: [0; _] })
+    }
+    /// Nothing known.
+    pub fn unverified() -> Box<Self> {
+        Box::new(Self { sums: [0; _], allocated: [u64::MAX; _], unverified: [u64::MAX; _] })
+    }
+    /// Whether block `i` of the page has data, or isn't known.
+    pub fn is_allocated(&self, i: usize) -> bool {
+        bit(&self.allocated, i)
+    }
+    /// Whether block `i` of the page can't be trusted.
+    pub fn is_unverified(&self, i: usize) -> bool {
+        bit(&self.unverified, i)
+    }
+    /// Block `i` holds data with this sum.
+    pub fn set(&mut self, i: usize, sum: u32) {
+        self.sums[i] = sum;
+        self.allocated[i / 64] |= 1 << (i % 64);
+        self.unverified[i / 64] &= !(1 << (i % 64));
+    }
+    /// Block `i` reads as zeroes.
+    pub fn clear(&mut self, i: usize) {
+        self.sums[i] = 0;
+        self.allocated[i / 64] &= !(1 << (i % 64));
+        self.unverified[i / 64] &= !(1 << (i % 64));
+    }
+    /// Whether any block of region `r` (0, 1 or 2) of the page is allocated or unverified.
+    pub fn region_in_use(&self, r: usize) -> bool {
+        let words = r * 4..r * 4 + 4;
+        self.allocated[words.clone()].iter().chain(&self.unverified[words]).any(|w| *w != 0)
+    }
+}
+
+fn bit(words: &[u64], i: usize) -> bool {
+    words[i / 64] & (1 << (i % 64)) != 0
+}
+
+/// Appends a page with a bitmap's words.
+pub fn encode_bitmap(
+    out: &mut BytesMut,
+    kind: PageKind,
+    index: u64,
+    replica: ReplicaId,
+    words: impl Iterator<Item = u64>,
+) {
+    encode(out, kind, index, replica, |out| words.for_each(|w| out.put_u64_le(w)));
+}
+
+/// Appends a map page.
+pub fn encode_map(out: &mut BytesMut, index: u64, replica: ReplicaId, map: &MapPage) {
+    encode(out, PageKind::Map, index, replica, |out| {
+        for r in 0..MAP_REGIONS as usize {
+            map.sums[r * 256..(r + 1) * 256].iter().for_each(|s| out.put_u32_le(*s));
+            map.allocated[r * 4..(r + 1) * 4].iter().for_each(|w| out.put_u64_le(*w));
+            map.unverified[r * 4..(r + 1) * 4].iter().for_each(|w| out.put_u64_le(*w));
+        }
+    });
+}
+
+fn encode(out: &mut BytesMut, kind: PageKind, index: u64, replica: ReplicaId, payload: impl FnOnce(&mut BytesMut)) {
+    let start = out.len();
+    out.reserve(PAGE as usize);
+    out.put_slice(&MAGIC);
+    out.put_u32_le(0);
+    out.put_u8(kind as u8);
+    out.put_bytes(0, 7);
+    out.put_u64_le(index);
+    out.put_u64_le(0);
+    out.put_slice(&replica.to_bytes());
+    out.put_bytes(0, 16);
+    assert_eq!(out.len() - start, HEADER);
+    payload(out);
+    assert!(out.len() - start <= PAGE as usize, "page payload of {} bytes", out.len() - start);
+    out.put_bytes(0, PAGE as usize - (out.len() - start));
+    let crc = crc32fast::hash(&out[start + 8..]);
+    out[start + 4..start + 8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The payload of a page, if it is the right one and intact.
+fn payload(page: &[u8], kind: PageKind, index: u64, replica: ReplicaId) -> Option<&[u8]> {
+    let intact = page.len() == PAGE as usize
+        && page[0..4] == MAGIC
+        && page[4..8] == crc32fast::hash(&page[8..]).to_le_bytes()
+        && page[8] == kind as u8
+        && page[16..24] == index.to_le_bytes()
+        && page[32..48] == replica.to_bytes();
+    intact.then(|| &page[HEADER..])
+}
+
+/// The words of a bitmap page; `None`: it is bad.
+pub fn decode_bitmap(
+    page: &[u8],
+    kind: PageKind,
+    index: u64,
+    replica: ReplicaId,
+) -> Option<impl Iterator<Item = u64> + '_> {
+    let payload = payload(page, kind, index, replica)?;
+    Some(payload.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)))
+}
+
+/// A map page; `None`: it is bad.
+pub fn decode_map(page: &[u8], index: u64, replica: ReplicaId) -> Option<Box<MapPage>> {
+    let payload = payload(page, PageKind::Map, index, replica)?;
+    let mut map = MapPage::empty();
+    for (r, bytes) in payload.chunks_exact(MAP_REGION_BYTES).take(MAP_REGIONS as usize).enumerate() {
+        let (sums, bits) = bytes.split_at(REGION_BLOCKS as usize * 4);
+        for (to, from) in map.sums[r * 256..].iter_mut().zip(sums.as_chunks::<4>().0) {
+            *to = u32::from_le_bytes(*from);
+        }
+        let words = bits.as_chunks::<8>().0;
+        for i in 0..4 {
+            map.allocated[r * 4 + i] = u64::from_le_bytes(words[i]);
+            map.unverified[r * 4 + i] = u64::from_le_bytes(words[4 + i]);
+        }
+    }
+    Some(map)
+}
