@@ -2,3 +2,6 @@
 
 pub mod block;
 pub mod control;
+pub mod mirror;
+pub mod iscsi;
+pub mod scsi;

@@ -1,0 +1,214 @@
+//! The gateway's half of the dirty-region log: which regions may have their bits cleared (R6).
+//!
+//! A region is cleaned when it has been idle for a while, every replica of the definition is in sync, and each
+//! has answered a flush that began after the region's last write. One clean at a time; the next begins when this
+//! one is durable everywhere.
+
+use std::collections::BTreeMap;
+
+use proto::frame::{CleanEntry, Request};
+use proto::id::{CleanNo, FlushNo, RegionIndex};
+
+use super::mask::Mask;
+use super::state::{Mirror, Phase, What, limits};
+use super::types::*;
+
+/// How long a region is left alone after its last write: a bit set again soon costs a sync on every replica.
+const IDLE_MS: u64 = 3_000;
+/// How often a clean is looked for.
+const CLEAN_EVERY_MS: u64 = 1_000;
+
+/// What is known of one dirty region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct DirtyRegion {
+    in_flight: u32,
+    last_write: u64,
+    /// A flush with this number or a later one covers all its writes.
+    covered_by: FlushNo,
+}
+
+/// The regions that may be dirty on some replica, as far as this session knows.
+#[derive(Debug, Default)]
+pub(super) struct DirtyTracker {
+    regions: BTreeMap<RegionIndex, DirtyRegion>,
+}
+
+impl DirtyTracker {
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    pub fn contains(&self, region: RegionIndex) -> bool {
+        self.regions.contains_key(&region)
+    }
+
+    /// Something that changes the region is about to be sent.
+    pub fn writing(&mut self, region: RegionIndex) {
+        let new = DirtyRegion { in_flight: 0, last_write: 0, covered_by: FlushNo(u64::MAX) };
+        let entry = self.regions.entry(region).or_insert(new);
+        entry.in_flight += 1;
+        entry.covered_by = FlushNo(u64::MAX);
+    }
+
+    /// It has been answered by all, or they were given up; `next` is the next flush to begin.
+    pub fn written(&mut self, region: RegionIndex, now: u64, next: FlushNo) {
+        let entry = self.regions.get_mut(&region).expect("written after writing");
+        entry.in_flight -= 1;
+        entry.last_write = now;
+        if entry.in_flight == 0 {
+            entry.covered_by = next;
+        }
+    }
+
+    /// A replica says that the region is dirty.
+    pub fn found(&mut self, region: RegionIndex, now: u64, next: FlushNo) {
+        self.regions.entry(region).or_insert(DirtyRegion { in_flight: 0, last_write: now, covered_by: next });
+    }
+
+    /// Every attach is gone, and with it all that was in flight.
+    pub fn settle_in_flight(&mut self, next: FlushNo) {
+        for region in self.regions.values_mut() {
+            region.in_flight = 0;
+            region.covered_by = next;
+        }
+    }
+}
+
+/// The clean that is out.
+#[derive(Debug)]
+pub(super) struct Cleaning {
+    no: CleanNo,
+    /// Who has not answered.
+    pending: Mask,
+    failed: bool,
+    /// The regions as they were: one that has changed since stays.
+    regions: Vec<(RegionIndex, DirtyRegion)>,
+}
+
+impl Mirror {
+    pub(super) fn advance_clean(&mut self, now: u64, out: &mut Vec<Output>) {
+        if let Some(Cleaning { pending, .. }) = &self.cleaning {
+            if !pending.is_empty() {
+                return;
+            }
+            let done = self.cleaning.take().expect("checked above");
+            if !done.failed {
+                for (region, was) in done.regions {
+                    if self.dirty.regions.get(&region) == Some(&was) {
+                        self.dirty.regions.remove(&region);
+                    }
+                }
+            }
+        }
+        let closing = self.phase == Phase::Closing;
+        let due = closing || (self.phase == Phase::Serving && now >= self.clean_next);
+        // R6: only when every replica of the definition is in sync.
+        let all = self.all_slots();
+        if !due
+            || self.live_members() != all
+            || self.members != all
+            || self.change.is_some()
+            || !self.settling.is_settled()
+            || self.dirty.regions.is_empty()
+        {
+            return;
+        }
+        self.clean_next = now + CLEAN_EVERY_MS;
+        let flushed = |slot: usize| self.slots[slot].attach.as_ref().expect("live").flushed;
+        let common = all.iter().map(flushed).min().expect("a mirror has replicas");
+        let idle = |r: &DirtyRegion| r.in_flight == 0 && (closing || now >= r.last_write + IDLE_MS);
+        let regions: Vec<_> = (self.dirty.regions.iter())
+            .filter(|(region, r)| idle(r) && r.covered_by <= common && !self.equalising.contains_key(region))
+            .map(|(region, r)| (*region, *r))
+            .take(limits::MAX_CLEAN_REGIONS)
+            .collect();
+        if regions.is_empty() {
+            // Equalised regions are not flushed by writes.
+            if self.dirty.regions.values().any(|r| idle(r) && r.covered_by > common) && self.flush_pending.is_empty() {
+                self.want_flush();
+                self.advance_flush(now, out);
+            }
+            return;
+        }
+        // A replica that is lost before it answers takes this number over when it is back in the set.
+        let no = self.clean.next();
+        self.clean = no;
+        for slot in all.iter() {
+            let flush = flushed_of(self, slot);
+            let entries = regions.iter().map(|(region, _)| CleanEntry { region: *region, flush }).collect();
+            self.send(now, slot, What::Clean, Request::Clean { clean: no, entries }, out);
+        }
+        self.cleaning = Some(Cleaning { no, pending: all, failed: false, regions });
+    }
+
+    pub(super) fn clean_answered(&mut self, slot: usize) {
+        if let Some(cleaning) = &mut self.cleaning {
+            cleaning.pending.remove(slot);
+            self.slots[slot].clean_acked = cleaning.no;
+        }
+    }
+
+    pub(super) fn clean_lost(&mut self, slot: usize) {
+        if let Some(cleaning) = &mut self.cleaning
+            && cleaning.pending.contains(slot)
+        {
+            cleaning.pending.remove(slot);
+            cleaning.failed = true;
+        }
+    }
+
+    /// Tells a replica that regions which were suspect are equalised and flushed (R7).
+    pub(super) fn settle_suspects(&mut self, now: u64, slot: usize, out: &mut Vec<Output>) {
+        let attach = self.slots[slot].attach.as_mut().expect("attached");
+        let flush = attach.flushed;
+        let entries: Vec<_> =
+            std::mem::take(&mut attach.suspect).iter().map(|region| CleanEntry { region, flush }).collect();
+        for entries in entries.chunks(limits::MAX_CLEAN_REGIONS) {
+            self.send(now, slot, What::Settle, Request::Settle { entries: entries.to_vec() }, out);
+        }
+    }
+
+    // ---- closing --------------------------------------------------------------------------------------------
+
+    pub(super) fn begin_close(&mut self, out: &mut Vec<Output>) {
+        if matches!(self.phase, Phase::Opening { .. }) {
+            // Nothing was served; what is dirty stays so.
+            self.phase = Phase::Closed;
+            out.push(Output::Closed { clean: false });
+            return;
+        }
+        self.phase = Phase::Closing;
+        self.closing_flush = Some(self.want_flush());
+    }
+
+    pub(super) fn advance_close(&mut self, now: u64, out: &mut Vec<Output>) {
+        let (Phase::Closing, Some(flush)) = (self.phase, self.closing_flush) else { return };
+        let members = self.live_members();
+        if !self.ops.is_empty() || !self.equalising.is_empty() || self.change.is_some() || self.cleaning.is_some() {
+            if !self.ops.is_empty() || !self.equalising.is_empty() {
+                // Cover what ends after the close began.
+                self.closing_flush = Some(self.want_flush());
+            }
+            return;
+        }
+        if !self.flushed(flush, members) {
+            if flush < self.flush_next && self.flush_pending.is_empty() {
+                self.closing_flush = Some(self.want_flush());
+                self.advance_flush(now, out);
+            }
+            return;
+        }
+        if self.dirty.len() > 0 && members == self.all_slots() && self.settling.is_settled() {
+            return; // advance_clean goes on with it
+        }
+        for slot in self.live().iter() {
+            self.send(now, slot, What::Detach, Request::Detach, out);
+        }
+        self.phase = Phase::Closed;
+        out.push(Output::Closed { clean: self.dirty.len() == 0 });
+    }
+}
+
+fn flushed_of(mirror: &Mirror, slot: usize) -> FlushNo {
+    mirror.slots[slot].attach.as_ref().expect("live").flushed
+}

@@ -1,0 +1,529 @@
+//! Making a region the same on all attached replicas (R7).
+//!
+//! ```text
+//! Locking ─► Hashing ─► Restamping ─► Copying ─► (Relaying) ─► done
+//! ```
+//!
+//! Under the region's exclusive lock every replica hashes what is on its disk; a base is chosen per block, and
+//! only blocks that differ are copied, from node to node, or through here where the nodes can't reach each other.
+//! A copy in flight belongs to the *destination's* attach: if its source is lost before it answered, the
+//! destination's attach is given up too, before the lock is, so that no copy lands after a newer write.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+use proto::frame::{BlockHash, Code, CopyTarget, Reply, Request, block_sum};
+use proto::id::{BlockIndex, RegionIndex};
+use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+
+use super::mask::Mask;
+use super::range_lock::LockOwner;
+use super::state::{Mirror, Phase, What, fault_of, limits};
+use super::types::*;
+
+/// After a request of the volume, background work leaves room for so long.
+const FOREGROUND_MS: u64 = 50;
+/// While it does, one region is begun at most so often: 25 MiB/s and mirror at least, so that it always advances.
+const YIELDING_PACE_MS: u64 = 40;
+/// A region that could not be equalised is tried again after this.
+const RETRY_MS: u64 = 2_000;
+
+/// Which blocks of a region.
+type Blocks = [u64; 4];
+
+fn set_bit(blocks: &mut Blocks, i: usize) {
+    blocks[i / 64] |= 1 << (i % 64);
+}
+
+fn bits(blocks: &Blocks) -> impl Iterator<Item = usize> + '_ {
+    (0..REGION_BLOCKS as usize).filter(|i| blocks[i / 64] >> (i % 64) & 1 == 1)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum EqualiseStage {
+    Locking,
+    Hashing,
+    Restamping,
+    Copying,
+    Relaying,
+}
+
+#[derive(Debug)]
+enum Outstanding {
+    Hashes { slot: usize },
+    Restamp { blocks: Blocks },
+    Copy { source: usize, target: usize, blocks: Blocks },
+    RelayRead { target: usize, block: u64, count: u32 },
+    RelayWrite,
+}
+
+/// A region being equalised, or compared.
+#[derive(Debug)]
+pub(super) struct Equalise {
+    stage: EqualiseStage,
+    /// Those whose hashes count and that are made equal.
+    participants: Mask,
+    /// Only look.
+    compare_only: bool,
+    /// Comparisons that wait for this run.
+    comparing: Vec<u64>,
+    comparison: Comparison,
+    /// The region was dirty before this run.
+    was_dirty: bool,
+    outstanding: BTreeMap<u64, Outstanding>,
+    hashes: Vec<Option<Vec<BlockHash>>>,
+    restamps: Vec<(usize, Blocks)>,
+    copies: Vec<(usize, usize, Blocks)>,
+    relays: VecDeque<(usize, usize, u64, u32)>,
+    failed: bool,
+}
+
+/// What the mirror's background work has before it.
+#[derive(Debug, Default)]
+pub(super) struct Background {
+    /// Regions with a bad block.
+    pub repairs: std::collections::BTreeSet<RegionIndex>,
+    /// Comparisons that have not begun: region, request, whether to repair.
+    pub compares: VecDeque<(RegionIndex, u64, bool)>,
+    /// Regions that failed, and when to try again.
+    pub retry_at: BTreeMap<RegionIndex, u64>,
+    /// A run lost somebody and must be looked at.
+    pub stirred: bool,
+}
+
+impl Mirror {
+    pub(super) fn repair(&mut self, region: RegionIndex) {
+        self.background.repairs.insert(region);
+    }
+
+    pub(super) fn compare(&mut self, region: RegionIndex, id: u64, repair: bool) {
+        self.background.compares.push_back((region, id, repair));
+    }
+
+    /// Begins what is due: demanded regions at once, the rest as the foreground leaves room.
+    pub(super) fn advance_background(&mut self, now: u64, out: &mut Vec<Output>) {
+        if !matches!(self.phase, Phase::Serving) {
+            return;
+        }
+        self.background.retry_at.retain(|_, at| now < *at);
+        while self.equalising.len() < limits::MAX_DEMANDED_REGIONS {
+            let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
+            let next = (self.settling.demanded.iter().copied().find(free))
+                .or_else(|| self.background.repairs.iter().copied().find(free));
+            let Some(region) = next else { break };
+            self.background.repairs.remove(&region);
+            self.begin_equalise(now, region, Vec::new(), false, out);
+        }
+        for _ in 0..self.background.compares.len() {
+            let Some((region, id, repair)) = self.background.compares.pop_front() else { break };
+            if self.equalising.contains_key(&region) || self.equalising.len() >= limits::MAX_DEMANDED_REGIONS {
+                self.background.compares.push_back((region, id, repair));
+            } else {
+                self.begin_equalise(now, region, vec![id], !repair, out);
+            }
+        }
+        let yielding = now < self.foreground_at + FOREGROUND_MS;
+        let most = if yielding { 1 } else { limits::MAX_BACKGROUND_REGIONS };
+        while self.equalising.len() < most && (!yielding || now >= self.background_next) {
+            let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
+            let Some(region) = self.settling.unsettled.iter().find(free).or_else(|| self.next_join_region()) else {
+                break;
+            };
+            self.background_next = now + YIELDING_PACE_MS;
+            self.begin_equalise(now, region, Vec::new(), false, out);
+        }
+    }
+
+    fn begin_equalise(
+        &mut self,
+        now: u64,
+        region: RegionIndex,
+        comparing: Vec<u64>,
+        compare_only: bool,
+        out: &mut Vec<Output>,
+    ) {
+        let run = Equalise {
+            stage: EqualiseStage::Locking,
+            participants: Mask::EMPTY,
+            compare_only,
+            comparing,
+            comparison: Comparison::default(),
+            was_dirty: false,
+            outstanding: BTreeMap::new(),
+            hashes: vec![None; self.slots.len()],
+            restamps: Vec::new(),
+            copies: Vec::new(),
+            relays: VecDeque::new(),
+            failed: false,
+        };
+        assert!(self.equalising.insert(region, run).is_none(), "region {region} is being equalised already");
+        let (first, count) = self.blocks_of(region);
+        if self.locks.acquire(LockOwner::Region(region.0), BlockIndex(first), count.into(), !compare_only) {
+            self.equalise_locked(now, region, out);
+        }
+    }
+
+    fn blocks_of(&self, region: RegionIndex) -> (u64, u32) {
+        let first = u64::from(region.0) * REGION_BLOCKS;
+        (first, REGION_BLOCKS.min(self.cfg.blocks - first) as u32)
+    }
+
+    pub(super) fn equalise_locked(&mut self, now: u64, region: RegionIndex, out: &mut Vec<Output>) {
+        let compare_only = self.equalising[&region].compare_only;
+        let participants = if compare_only { self.live_members() } else { self.live() };
+        let was_dirty = self.dirty.contains(region);
+        if !compare_only {
+            self.dirty.writing(region);
+        }
+        let mut key = self.cfg.hash_seed;
+        self.hash_count += 1;
+        for (k, c) in key.iter_mut().zip(self.hash_count.to_le_bytes()) {
+            *k ^= c;
+        }
+        let (block, count) = self.blocks_of(region);
+        let request = Request::Hashes { block: BlockIndex(block), count, key };
+        let mut outstanding = BTreeMap::new();
+        for slot in participants.iter() {
+            let tag = self.send(now, slot, What::Equalise(region), request.clone(), out);
+            outstanding.insert(tag, Outstanding::Hashes { slot });
+        }
+        let run = self.equalising.get_mut(&region).expect("begun");
+        run.stage = EqualiseStage::Hashing;
+        (run.participants, run.was_dirty, run.outstanding) = (participants, was_dirty, outstanding);
+        run.failed |= participants.is_empty();
+        self.compared_bytes += u64::from(count) * BLOCK_SIZE;
+        self.equalise_next(now, region, out);
+    }
+
+    pub(super) fn equalise_answered(
+        &mut self,
+        now: u64,
+        slot: usize,
+        region: RegionIndex,
+        tag: u64,
+        reply: Reply,
+        out: &mut Vec<Output>,
+    ) {
+        let (_, count) = self.blocks_of(region);
+        let Some(run) = self.equalising.get_mut(&region) else { return };
+        let Some(what) = run.outstanding.remove(&tag) else { return };
+        match (what, reply) {
+            (Outstanding::Hashes { slot }, Reply::Hashes(hashes)) if hashes.len() as u32 == count => {
+                run.hashes[slot] = Some(hashes);
+            }
+            (Outstanding::Restamp { blocks }, Reply::Done(_)) => {
+                self.restamped_blocks += bits(&blocks).count() as u64;
+            }
+            (Outstanding::Copy { target, blocks, .. }, Reply::Done(_)) => {
+                self.count_copied(target, bits(&blocks).count())
+            }
+            (
+                Outstanding::Copy { source, target, blocks },
+                Reply::Failed { code: Code::PeerUnreachable | Code::PeerRefused, .. },
+            ) => {
+                // What of it arrived is right, and under the lock: the rest goes through here.
+                let base = u64::from(region.0) * REGION_BLOCKS;
+                run.relays.extend(runs(&blocks).map(|(at, n)| (source, target, base + at as u64, n)));
+            }
+            (Outstanding::RelayRead { target, block, count }, Reply::Read { block: b, sums, data })
+                if b.0 == block && sums.len() as u32 == count && sums_match(&data, &sums) =>
+            {
+                if self.slots[target].is_live() && run.participants.contains(target) {
+                    let request = Request::Write { block: b, fua: false, sums, data };
+                    let tag = self.send(now, target, What::Equalise(region), request, out);
+                    let run = self.equalising.get_mut(&region).expect("above");
+                    run.outstanding.insert(tag, Outstanding::RelayWrite);
+                    self.count_copied(target, count as usize);
+                } else {
+                    run.failed = true;
+                }
+            }
+            (Outstanding::RelayWrite, Reply::Done(_)) => {}
+            (_, Reply::Failed { code, .. }) => {
+                run.failed = true;
+                self.lost.push_back((slot, fault_of(code)));
+            }
+            _ => {
+                run.failed = true;
+                self.lost.push_back((slot, FaultReason::Nonsense));
+            }
+        }
+        self.equalise_next(now, region, out);
+    }
+
+    fn count_copied(&mut self, target: usize, blocks: usize) {
+        let bytes = blocks as u64 * BLOCK_SIZE;
+        self.copied_bytes += bytes;
+        if let Some(join) = self.slots[target].join_mut() {
+            join.copied_bytes += bytes;
+        }
+    }
+
+    /// A replica's attach was given up with this request unanswered.
+    pub(super) fn equalise_lost(&mut self, region: RegionIndex, tag: u64) {
+        let Some(run) = self.equalising.get_mut(&region) else { return };
+        match run.outstanding.remove(&tag) {
+            Some(Outstanding::Copy { target, .. }) => {
+                run.failed = true;
+                self.lost.push_back((target, FaultReason::CopyInDoubt));
+            }
+            Some(Outstanding::Hashes { .. }) | None => {}
+            Some(_) => run.failed = true,
+        }
+        self.background.stirred = true;
+    }
+
+    /// A replica's attach was given up: no run makes it equal any more.
+    pub(super) fn equalise_forget(&mut self, slot: usize) {
+        for run in self.equalising.values_mut() {
+            run.participants.remove(slot);
+            self.background.stirred = true;
+        }
+    }
+
+    /// Goes on with runs that lost somebody.
+    pub(super) fn advance_equalise(&mut self, now: u64, out: &mut Vec<Output>) {
+        if std::mem::take(&mut self.background.stirred) {
+            let all: Vec<RegionIndex> = self.equalising.keys().copied().collect();
+            for region in all {
+                self.equalise_next(now, region, out);
+            }
+        }
+    }
+
+    /// Takes the next stage when nothing of this one is outstanding.
+    fn equalise_next(&mut self, now: u64, region: RegionIndex, out: &mut Vec<Output>) {
+        loop {
+            let Some(run) = self.equalising.get_mut(&region) else { return };
+            if run.stage == EqualiseStage::Locking || !run.outstanding.is_empty() {
+                return;
+            }
+            // A target whose attach must go may still take a copy until it has gone.
+            if !self.lost.is_empty() {
+                self.background.stirred = true;
+                return;
+            }
+            let ended = run.failed
+                || match run.stage {
+                    EqualiseStage::Locking => unreachable!("returned above"),
+                    EqualiseStage::Hashing => {
+                        run.stage = EqualiseStage::Restamping;
+                        self.plan(region, out);
+                        let run = self.equalising.get_mut(&region).expect("above");
+                        let compare_only = run.compare_only;
+                        if !compare_only {
+                            for (slot, blocks) in std::mem::take(&mut run.restamps) {
+                                self.restamp(now, region, slot, blocks, out);
+                            }
+                        }
+                        compare_only
+                    }
+                    EqualiseStage::Restamping => {
+                        run.stage = EqualiseStage::Copying;
+                        for (source, target, blocks) in std::mem::take(&mut run.copies) {
+                            self.copy(now, region, source, target, blocks, out);
+                        }
+                        false
+                    }
+                    EqualiseStage::Copying => {
+                        run.stage = EqualiseStage::Relaying;
+                        false
+                    }
+                    EqualiseStage::Relaying => match run.relays.pop_front() {
+                        None => true,
+                        Some((source, target, block, count)) => {
+                            self.relay(now, region, source, target, block, count, out);
+                            false
+                        }
+                    },
+                };
+            if ended {
+                self.end_equalise(now, region, out);
+                return;
+            }
+        }
+    }
+
+    fn still_takes_part(&self, region: RegionIndex, slot: usize) -> bool {
+        self.equalising[&region].participants.contains(slot) && self.slots[slot].is_live()
+    }
+
+    fn restamp(&mut self, now: u64, region: RegionIndex, slot: usize, blocks: Blocks, out: &mut Vec<Output>) {
+        if !self.still_takes_part(region, slot) {
+            self.equalising.get_mut(&region).expect("runs").failed = true;
+            return;
+        }
+        let request = Request::Restamp { block: BlockIndex(u64::from(region.0) * REGION_BLOCKS), blocks };
+        let tag = self.send(now, slot, What::Equalise(region), request, out);
+        let run = self.equalising.get_mut(&region).expect("runs");
+        run.outstanding.insert(tag, Outstanding::Restamp { blocks });
+    }
+
+    fn copy(
+        &mut self,
+        now: u64,
+        region: RegionIndex,
+        source: usize,
+        target: usize,
+        blocks: Blocks,
+        out: &mut Vec<Output>,
+    ) {
+        if !self.still_takes_part(region, source) || !self.still_takes_part(region, target) {
+            // The target is out, or will be compared again from another base.
+            self.equalising.get_mut(&region).expect("runs").failed |= self.slots[target].is_live();
+            return;
+        }
+        let attach = self.slots[target].attach.as_ref().expect("live").id;
+        let def = &self.slots[target].def;
+        let to = CopyTarget { addr: def.data_addr.clone(), replica: def.replica, attach };
+        let block = BlockIndex(u64::from(region.0) * REGION_BLOCKS);
+        let request = Request::CopyTo { block, blocks, target: to };
+        let tag = self.send(now, source, What::Equalise(region), request, out);
+        let run = self.equalising.get_mut(&region).expect("runs");
+        run.outstanding.insert(tag, Outstanding::Copy { source, target, blocks });
+    }
+
+    fn relay(
+        &mut self,
+        now: u64,
+        region: RegionIndex,
+        source: usize,
+        target: usize,
+        block: u64,
+        count: u32,
+        out: &mut Vec<Output>,
+    ) {
+        if !self.still_takes_part(region, source) || !self.still_takes_part(region, target) {
+            self.equalising.get_mut(&region).expect("runs").failed = true;
+            return;
+        }
+        let request = Request::Read { block: BlockIndex(block), count };
+        let tag = self.send(now, source, What::Equalise(region), request, out);
+        let run = self.equalising.get_mut(&region).expect("runs");
+        run.outstanding.insert(tag, Outstanding::RelayRead { target, block, count });
+    }
+
+    /// All hashes are there: compares them, and decides what is copied from where.
+    fn plan(&mut self, region: RegionIndex, out: &mut Vec<Output>) {
+        let (first, count) = self.blocks_of(region);
+        let run = &self.equalising[&region];
+        let hashed: Vec<usize> = run.participants.iter().filter(|s| run.hashes[*s].is_some()).collect();
+        let hash = |slot: usize, i: usize| &run.hashes[slot].as_ref().expect("hashed")[i];
+        let mut comparison = Comparison {
+            replicas: hashed.iter().map(|s| self.slots[*s].def.replica).collect(),
+            absent: self.ids_of(self.all_slots() - hashed.iter().copied().collect()),
+            blocks: count.into(),
+            ..Comparison::default()
+        };
+        let mut restamps: BTreeMap<usize, Blocks> = BTreeMap::new();
+        let mut copies: BTreeMap<(usize, usize), Blocks> = BTreeMap::new();
+        let mut taken: BTreeMap<usize, u32> = BTreeMap::new();
+        let mut hopeless = false;
+        let bases = self.base_ranks(region, &hashed);
+        for i in 0..count as usize {
+            let differs =
+                |a: usize, b: usize| hash(a, i).hash != hash(b, i).hash || !hash(a, i).readable || !hash(b, i).readable;
+            if hashed.windows(2).any(|pair| differs(pair[0], pair[1])) {
+                comparison.differ.push(BlockIndex(first + i as u64));
+            }
+            for slot in hashed.iter().filter(|s| !hash(**s, i).intact) {
+                comparison.bad.push((self.slots[*slot].def.replica, BlockIndex(first + i as u64)));
+            }
+            let intact = bases.iter().find(|(_, s)| hash(*s, i).intact).map(|(_, s)| *s);
+            let base = match intact {
+                Some(base) => base,
+                // Only what a restart left behind may be taken for right; elsewhere the block is bad (R10).
+                None => match bases.iter().find(|(rank, s)| *rank > 0 && hash(*s, i).readable) {
+                    Some((_, base)) if run.was_dirty => {
+                        set_bit(restamps.entry(*base).or_default(), i);
+                        *taken.entry(*base).or_default() += 1;
+                        *base
+                    }
+                    _ => {
+                        hopeless |= hashed.iter().any(|s| self.slots[*s].join().is_some());
+                        continue;
+                    }
+                },
+            };
+            for slot in hashed.iter().copied().filter(|s| *s != base) {
+                if differs(slot, base) {
+                    set_bit(copies.entry((base, slot)).or_default(), i);
+                } else if !hash(slot, i).intact {
+                    set_bit(restamps.entry(slot).or_default(), i);
+                }
+            }
+        }
+        if !run.compare_only {
+            for (slot, blocks) in taken {
+                let replica = self.slots[slot].def.replica;
+                out.push(Output::Log(Event::Restamped { region, blocks, replica }));
+            }
+        }
+        let run = self.equalising.get_mut(&region).expect("above");
+        run.comparison = comparison;
+        run.restamps = restamps.into_iter().collect();
+        run.copies = copies.into_iter().map(|((source, target), blocks)| (source, target, blocks)).collect();
+        // A joining replica's block can't be made equal to one that no member can vouch for, and must not be
+        // served as if it were.
+        run.failed |= hopeless && !run.compare_only;
+    }
+
+    /// Who may be the base of a region's blocks, best first (R7): members that have not restarted; of those that
+    /// have, members dirty there before members clean there.
+    fn base_ranks(&self, region: RegionIndex, hashed: &[usize]) -> Vec<(u8, usize)> {
+        let extra = if self.settling.released.contains(region) { self.settling.extra_bases } else { Mask::EMPTY };
+        let mut ranks: Vec<(u8, usize)> = (hashed.iter().copied())
+            .filter(|s| self.slots[*s].is_member() || extra.contains(*s))
+            .map(|s| {
+                let attach = self.slots[s].attach.as_ref().expect("hashed replicas are attached");
+                let durable = attach.info().durable;
+                let dirty = attach.listed.as_ref().is_none_or(|l| l.dirty.contains(region));
+                let rank = match (attach.suspect.contains(region), attach.restarted) {
+                    _ if durable => 0,
+                    (false, false) => 0,
+                    _ if dirty => 1,
+                    _ => 2,
+                };
+                (rank, s)
+            })
+            .collect();
+        ranks.sort_unstable();
+        ranks
+    }
+
+    fn end_equalise(&mut self, now: u64, region: RegionIndex, out: &mut Vec<Output>) {
+        let run = self.equalising.remove(&region).expect("runs");
+        if !run.compare_only {
+            self.dirty.written(region, now, self.flush_next);
+        }
+        if run.failed {
+            self.background.retry_at.insert(region, now + RETRY_MS);
+            self.background.compares.extend(run.comparing.iter().map(|id| (region, *id, !run.compare_only)));
+        } else {
+            if !run.compare_only && self.live_members().within(run.participants) {
+                self.settling.equalised(region);
+                self.joined_region(region, run.participants);
+            }
+            for id in run.comparing {
+                self.compared(now, id, run.comparison.clone(), out);
+            }
+        }
+        self.locks.release(LockOwner::Region(region.0), &mut self.granted);
+    }
+}
+
+fn sums_match(data: &Bytes, sums: &[u32]) -> bool {
+    data.chunks_exact(BLOCK_SIZE as usize).zip(sums).all(|(b, s)| block_sum(b) == *s)
+}
+
+/// The runs of set bits, as (first, length).
+fn runs(blocks: &Blocks) -> impl Iterator<Item = (usize, u32)> {
+    let mut found: Vec<(usize, u32)> = Vec::new();
+    for i in bits(blocks) {
+        match found.last_mut() {
+            Some((first, n)) if *first + *n as usize == i => *n += 1,
+            _ => found.push((i, 1)),
+        }
+    }
+    found.into_iter()
+}

@@ -1,0 +1,322 @@
+//! What a session begins with, and begins again with after every member was lost (R8): attach to everyone, decide
+//! who is kept, and let no dirty region be seen before it is the same everywhere and on every disk.
+
+use std::collections::BTreeSet;
+
+use proto::frame::Request;
+use proto::id::{FlushNo, RegionIndex};
+
+use super::mask::Mask;
+use super::region_set::RegionSet;
+use super::state::{Mirror, Phase, Role, What};
+use super::types::*;
+
+/// How long a replica that is silent, rather than refusing, is waited for.
+const SILENT_MS: u64 = 2_000;
+/// How long those that are missing are waited for when all that were reached have restarted.
+const RESTARTED_MS: u64 = 5_000;
+
+/// The regions that a take-over found dirty, on their way to being served.
+#[derive(Debug, Default)]
+pub(super) struct Settling {
+    /// To be equalised.
+    pub unsettled: RegionSet,
+    /// Equalised since the last group began its flush.
+    equalised: RegionSet,
+    /// A group of equalised regions and the flush after which they are served.
+    flushing: Option<(RegionSet, FlushNo)>,
+    /// Suspect on every reachable member, while others, [`Self::left_behind`], may know better.
+    pub blocked: RegionSet,
+    pub left_behind: Mask,
+    /// Regions that were blocked, for which these replicas are bases as well although no members.
+    pub released: RegionSet,
+    pub extra_bases: Mask,
+    /// Regions that a request waits for.
+    pub demanded: BTreeSet<RegionIndex>,
+    /// Members were told which regions are suspect no more.
+    told: bool,
+}
+
+impl Settling {
+    /// Whether every request may be served.
+    pub fn is_done(&self) -> bool {
+        self.is_settled() && self.blocked.is_empty()
+    }
+
+    /// Whether nothing is left to equalise or flush, and nothing waits for others.
+    pub fn is_settled(&self) -> bool {
+        self.unsettled.is_empty() && self.equalised.is_empty() && self.flushing.is_none() && self.blocked.is_empty()
+    }
+
+    /// Regions that are not served yet.
+    pub fn left(&self) -> usize {
+        self.unsettled.len()
+            + self.equalised.len()
+            + self.blocked.len()
+            + self.flushing.as_ref().map_or(0, |(group, _)| group.len())
+    }
+
+    /// Whether a region may be served; if not, it is brought forward.
+    pub fn demand(&mut self, region: RegionIndex) -> bool {
+        if self.unsettled.contains(region) {
+            self.demanded.insert(region);
+            return false;
+        }
+        !(self.blocked.contains(region)
+            || self.equalised.contains(region)
+            || self.flushing.as_ref().is_some_and(|(group, _)| group.contains(region)))
+    }
+
+    /// The region was equalised over all members.
+    pub fn equalised(&mut self, region: RegionIndex) {
+        if self.unsettled.remove(region) {
+            self.demanded.remove(&region);
+            self.equalised.insert(region);
+        }
+    }
+}
+
+impl Mirror {
+    /// Every member is gone: whatever is known of them is void, and the session begins anew with them.
+    pub(super) fn reopen(&mut self, now: u64, out: &mut Vec<Output>) {
+        if self.phase == Phase::Closing {
+            self.phase = Phase::Closed;
+            out.push(Output::Closed { clean: false });
+            return;
+        }
+        for slot in 0..self.slots.len() {
+            if let Some(attach) = self.slots[slot].attach.take() {
+                out.push(Output::GiveUp { slot, attach: attach.id });
+            }
+            self.slots[slot].unreachable = false;
+            self.slots[slot].retry_at = now;
+        }
+        self.sent.clear();
+        self.lost.clear();
+        self.drop_decided_change();
+        self.equalising.clear();
+        self.cleaning = None;
+        self.flush_pending = Mask::EMPTY;
+        self.flush_wanted = false;
+        self.unflushed_bytes = 0;
+        self.unflushed_since = None;
+        self.settling = Settling::default();
+        self.reset_ops();
+        self.phase = Phase::Opening { since: now };
+    }
+
+    pub(super) fn advance_opening(&mut self, now: u64, out: &mut Vec<Output>) {
+        let Phase::Opening { since } = self.phase else { return };
+        if self.is_in_doubt() {
+            return;
+        }
+        let regions = self.regions();
+        let ready = |slot: usize| {
+            let s = &self.slots[slot];
+            s.is_answered() && s.attach.as_ref().is_some_and(|a| a.listing_done(regions))
+        };
+        let awaiting = (self.members | self.awaited).iter().filter(|s| !ready(*s)).collect::<Mask>();
+        if !awaiting.is_empty() {
+            if now < since + SILENT_MS && awaiting.iter().any(|s| !self.slots[s].unreachable) {
+                return;
+            }
+            // An attach or a listing that is under way ends by an answer or by a time-out of its own.
+            if awaiting.iter().any(|s| self.slots[s].attach.is_some()) {
+                return;
+            }
+        }
+        // Whoever the old owner could read is fenced by our attach; for the others its lease must end (R3).
+        let unfenced = !(self.members & awaiting).is_empty();
+        if unfenced && now < self.cfg.old_lease_until {
+            return;
+        }
+        self.decide(now, since, awaiting, out);
+    }
+
+    /// R8: who is kept, and what must wait. `missing` were not reached.
+    fn decide(&mut self, now: u64, since: u64, missing: Mask, out: &mut Vec<Output>) {
+        let reached = self.members - missing;
+        self.find_old_images(reached);
+        let is = |slot: usize| self.slots[slot].attach.as_ref().expect("reached");
+        let eligible: Mask = reached.iter().filter(|s| !is(*s).as_new).collect();
+        let intact: Mask = eligible.iter().filter(|s| is(*s).info().suspect == 0 || is(*s).info().durable).collect();
+        let restarted = intact.is_empty();
+        let (mut blocked, mut left_behind, mut extra_bases) = (RegionSet::new(), Mask::EMPTY, Mask::EMPTY);
+        let mut released = RegionSet::new();
+        let keep = if !restarted {
+            intact
+        } else if eligible.is_empty() {
+            if self.forced {
+                self.adopt_the_best(out);
+            }
+            return;
+        } else {
+            let mut suspect = RegionSet::new();
+            for slot in eligible.iter() {
+                suspect.union_with(&is(slot).listed.as_ref().expect("ready").suspect);
+            }
+            // A replica that left while these regions waited for it knows them only as long as the members are the
+            // same processes: after a restart, regions written without it are suspect as well.
+            let usable = eligible.iter().all(|s| !is(s).restarted);
+            if self.forced || (missing.is_empty() && (self.awaited.is_empty() || usable)) {
+                extra_bases = self.awaited - missing;
+                released = suspect;
+            } else {
+                if now < since + RESTARTED_MS {
+                    return;
+                }
+                left_behind = missing | self.awaited;
+                blocked = suspect;
+            }
+            eligible
+        };
+        self.forced = false;
+        self.clean = keep.iter().map(|s| is(s).info().set.clean).max().expect("somebody is kept").max(self.clean);
+        let (dirty, allocated) = self.union_of_lists(keep | extra_bases);
+        let mut unsettled = RegionSet::new();
+        for region in dirty.iter() {
+            self.dirty.found(region, now, self.flush_next);
+            if allocated.contains(region) && !blocked.contains(region) {
+                unsettled.insert(region);
+            }
+        }
+        out.push(Output::Log(Event::TookOver {
+            kept: self.ids_of(keep),
+            dirty: dirty.len(),
+            blocked: blocked.len(),
+            awaited: self.ids_of(left_behind),
+        }));
+        self.settling = Settling { unsettled, blocked, left_behind, released, extra_bases, ..Settling::default() };
+        self.phase = Phase::Serving;
+        self.recheck = true;
+        for slot in 0..self.slots.len() {
+            if !self.slots[slot].is_answered() {
+                continue;
+            }
+            if keep.contains(slot) {
+                let s = &mut self.slots[slot];
+                let attach = s.attach.as_mut().expect("answered");
+                attach.role = Role::Member;
+                // Kept until the regions are settled: it tells who was dirty where.
+                attach.suspect = attach.listed.as_ref().expect("ready").suspect.clone();
+                s.since = now;
+            } else {
+                if self.members.contains(slot) {
+                    self.slots[slot].fault = FaultReason::Restarted;
+                }
+                self.start_join(now, slot, out);
+            }
+        }
+        if restarted {
+            out.push(Output::PowerOn);
+        }
+        let current = |s: &usize| {
+            let set = &self.slots[*s].attach.as_ref().expect("kept").info().set;
+            set.version == self.version && set.clean == self.clean
+        };
+        if keep == self.members && !keep.iter().all(|s| current(&s)) {
+            self.store_set_again(now, out);
+        }
+    }
+
+    /// A member that is behind the others by more than one clean, or in its epoch, comes from an old image (R6).
+    fn find_old_images(&mut self, reached: Mask) {
+        let infos = || reached.iter().filter_map(|s| self.slots[s].attach.as_ref()).filter(|a| !a.as_new);
+        let clean = infos().map(|a| a.info().set.clean).max().unwrap_or_default();
+        let epoch = infos().map(|a| a.info().stored_epoch).max().unwrap_or_default();
+        for slot in reached.iter() {
+            let attach = self.slots[slot].attach.as_mut().expect("reached");
+            let info = attach.info();
+            attach.as_new |= info.set.clean.0 + 1 < clean.0 || info.stored_epoch < epoch;
+        }
+    }
+
+    /// `recover-volume --force` with no member to be had: the replica that was in the set last becomes the set.
+    fn adopt_the_best(&mut self, out: &mut Vec<Output>) {
+        let best = (0..self.slots.len()).filter(|s| self.slots[*s].is_answered()).max_by_key(|s| {
+            let attach = self.slots[*s].attach.as_ref().expect("answered");
+            let info = attach.info();
+            (!info.rebuilt, info.set.version, info.set.clean, std::cmp::Reverse(info.suspect))
+        });
+        if let Some(slot) = best {
+            self.propose(Mask::one(slot), Mask::EMPTY, out);
+        }
+    }
+
+    /// Brings the settling of the regions on.
+    pub(super) fn advance_settling(&mut self, now: u64, out: &mut Vec<Output>) {
+        if !matches!(self.phase, Phase::Serving | Phase::Closing) {
+            return;
+        }
+        if !self.settling.blocked.is_empty() {
+            self.try_release(now, out);
+        }
+        if let Some((_, no)) = &self.settling.flushing
+            && self.flushed(*no, self.live_members())
+        {
+            self.settling.flushing = None;
+        }
+        if self.settling.flushing.is_none() && !self.settling.equalised.is_empty() {
+            let group = std::mem::take(&mut self.settling.equalised);
+            let no = self.want_flush();
+            self.settling.flushing = Some((group, no));
+        }
+        if self.settling.is_settled() && !self.settling.told {
+            self.settling.told = true;
+            for slot in self.live_members().iter() {
+                self.settle_suspects(now, slot, out);
+                self.slots[slot].attach.as_mut().expect("live").listed = None;
+            }
+            self.recheck = true;
+        }
+    }
+
+    /// Blocked regions go on when those that they wait for have come, or an operator gave them up.
+    fn try_release(&mut self, now: u64, out: &mut Vec<Output>) {
+        let regions = self.regions();
+        let others = self.settling.left_behind;
+        let usable = self.live_members().iter().all(|s| {
+            let attach = self.slots[s].attach.as_ref().expect("live");
+            !attach.restarted || !self.awaited_before_opening()
+        });
+        let mut all_here = usable;
+        for slot in others.iter() {
+            let here = self.slots[slot].join().is_some();
+            all_here &= here && self.slots[slot].attach.as_ref().is_some_and(|a| a.listing_done(regions));
+            if here && self.slots[slot].attach.as_ref().is_some_and(|a| a.listed.is_none()) {
+                self.request_list(now, slot, out);
+            }
+        }
+        if !all_here && !self.forced {
+            return;
+        }
+        self.forced = false;
+        let blocked = std::mem::take(&mut self.settling.blocked);
+        for slot in others.iter().filter(|_| all_here) {
+            let attach = self.slots[slot].attach.as_mut().expect("all are here");
+            if !attach.as_new {
+                attach.suspect = attach.listed.as_ref().expect("listed").suspect.clone();
+                self.settling.extra_bases.insert(slot);
+            }
+        }
+        self.settling.unsettled.union_with(&blocked);
+        self.settling.released.union_with(&blocked);
+        self.settling.left_behind = Mask::EMPTY;
+        self.recheck = true;
+    }
+
+    /// Whether the replicas that are waited for were left behind by a session before this opening: then only
+    /// members that have not restarted since still know which regions waited.
+    fn awaited_before_opening(&self) -> bool {
+        !self.cfg.awaited.is_empty()
+    }
+
+    /// The members' superblocks are behind what is committed: a removal was committed and its owner died.
+    fn store_set_again(&mut self, now: u64, out: &mut Vec<Output>) {
+        let members = self.members;
+        self.begin_storing(members);
+        for slot in members.iter() {
+            self.send(now, slot, What::StoreSet, Request::StoreSet { set: self.set_view() }, out);
+        }
+    }
+}
