@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod control;
-pub mod mirror;
+pub mod initiator;
 pub mod iscsi;
+pub mod mirror;
 pub mod scsi;
