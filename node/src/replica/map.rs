@@ -1,0 +1,363 @@
+//! Which blocks are allocated, and their sums (R10): the pages of the block map that are in memory.
+//!
+//! ```text
+//! absent ──► loading ──► ready ──► (written back if modified) ──► absent
+//!               └─ bad ──► marking: its regions become durably dirty ──► ready, every block unverified
+//! ```
+
+use std::collections::BTreeSet;
+
+use bytes::BytesMut;
+use proto::frame::Code;
+use proto::id::BlockIndex;
+
+use super::dirty_log::{Waiter, runs};
+use super::interface::{DiskData, DiskError, DiskIo, FaultReason, FileKind, Notice, Output};
+use super::layout::{self, MAP_BLOCKS, MAP_REGIONS, MapPage, PAGE};
+use super::state::{ById, Io, ReplicaCore};
+
+/// Pages that stay in memory when a replica has had nothing to do for [`IDLE_MS`].
+const IDLE_PAGES: usize = 64;
+/// After this time without a request a replica gives memory back.
+const IDLE_MS: u64 = 10_000;
+/// The least that the memory is bounded to: requests that need two pages must find room for both.
+const MIN_PAGES: usize = 64;
+/// Map pages in one disk write.
+const MAX_WRITE_PAGES: u64 = 64;
+
+/// The pages in memory, with a clock hand that looks for one to drop.
+#[derive(Debug)]
+pub(super) struct MapCache {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    index: ById<u64, u32>,
+    hand: usize,
+    limit: usize,
+    /// Pages that differ from the disk.
+    pub(super) modified: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    page: u64,
+    state: SlotState,
+    /// Requests that wait for the page.
+    waiters: Vec<u64>,
+    /// Requests that will change the page when their data is on the disk.
+    pins: u32,
+    modified: bool,
+    writing: bool,
+    /// Used since the hand passed.
+    used: bool,
+}
+
+#[derive(Debug)]
+enum SlotState {
+    Absent,
+    Loading,
+    /// Bad; its regions are being marked.
+    Marking,
+    Ready(Box<MapPage>),
+}
+
+impl MapCache {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            index: ById::default(),
+            hand: 0,
+            limit: limit.max(MIN_PAGES),
+            modified: BTreeSet::new(),
+        }
+    }
+
+    pub(super) fn set_limit(&mut self, pages: usize) {
+        self.limit = pages.max(MIN_PAGES);
+    }
+
+    fn slot(&mut self, page: u64) -> Option<&mut Slot> {
+        self.index.get(&page).map(|i| &mut self.slots[*i as usize])
+    }
+
+    /// The page, if it is in memory.
+    pub(super) fn get(&self, page: u64) -> Option<&MapPage> {
+        match &self.slots[*self.index.get(&page)? as usize].state {
+            SlotState::Ready(map) => Some(map),
+            _ => None,
+        }
+    }
+
+    fn insert(&mut self, page: u64, state: SlotState) {
+        let slot = Slot { page, state, waiters: Vec::new(), pins: 0, modified: false, writing: false, used: true };
+        let i = match self.free.pop() {
+            Some(i) => {
+                self.slots[i as usize] = slot;
+                i
+            }
+            None => {
+                self.slots.push(slot);
+                (self.slots.len() - 1) as u32
+            }
+        };
+        assert!(self.index.insert(page, i).is_none(), "map page {page} twice in memory");
+    }
+
+    fn remove(&mut self, page: u64) -> Vec<u64> {
+        let i = self.index.remove(&page).expect("in memory");
+        let slot = &mut self.slots[i as usize];
+        assert!(slot.pins == 0 && !slot.modified && !slot.writing, "map page {page} dropped while in use");
+        slot.state = SlotState::Absent;
+        self.free.push(i);
+        std::mem::take(&mut slot.waiters)
+    }
+
+    pub(super) fn pin(&mut self, page: u64) {
+        let slot = self.slot(page).expect("a pinned page is in memory");
+        slot.pins += 1;
+    }
+
+    pub(super) fn unpin(&mut self, page: u64) {
+        let slot = self.slot(page).expect("a pinned page is in memory");
+        slot.pins = slot.pins.checked_sub(1).expect("pins are counted");
+    }
+
+    /// The page, to be changed.
+    pub(super) fn modify(&mut self, page: u64) -> &mut MapPage {
+        let i = self.index[&page] as usize;
+        let slot = &mut self.slots[i];
+        if !slot.modified {
+            slot.modified = true;
+            self.modified.insert(page);
+        }
+        match &mut slot.state {
+            SlotState::Ready(map) => map,
+            other => panic!("map page {page} is changed while {other:?}"),
+        }
+    }
+
+    /// Pages of which a write is in flight.
+    pub(super) fn writing(&self) -> Vec<u64> {
+        let mut pages: Vec<u64> = self.slots.iter().filter(|s| s.writing).map(|s| s.page).collect();
+        pages.sort_unstable();
+        pages
+    }
+}
+
+/// What the map says of up to 256 blocks.
+#[derive(Clone, Debug)]
+pub(super) struct Snapshot {
+    pub(super) sums: Vec<u32>,
+    allocated: [u64; 4],
+    unverified: [u64; 4],
+}
+
+impl Snapshot {
+    pub(super) fn allocated(&self, i: usize) -> bool {
+        self.allocated[i / 64] & (1 << (i % 64)) != 0
+    }
+    pub(super) fn unverified(&self, i: usize) -> bool {
+        self.unverified[i / 64] & (1 << (i % 64)) != 0
+    }
+}
+
+/// The map page of a block, and the block's place in it.
+pub(super) fn place(block: u64) -> (u64, usize) {
+    (block / MAP_BLOCKS, (block % MAP_BLOCKS) as usize)
+}
+
+impl ReplicaCore {
+    /// Whether the map pages of these blocks are in memory, where they exist. If not, they are loaded and request
+    /// `id` goes on when one of them has come.
+    pub(super) fn map_or_wait(&mut self, block: BlockIndex, count: u64, id: u64, out: &mut Vec<Output>) -> bool {
+        let (first, last) = (place(block.0).0, place(block.0 + count - 1).0);
+        let mut waiting = false;
+        for page in first..=last {
+            if !self.regions.present.get(page) {
+                continue;
+            }
+            self.load_map(page, out);
+            let slot = self.map.slot(page).expect("loaded above");
+            slot.used = true;
+            if !matches!(slot.state, SlotState::Ready(_)) && !waiting {
+                slot.waiters.push(id);
+                waiting = true;
+            }
+        }
+        !waiting
+    }
+
+    /// Begins to load a page that isn't in memory.
+    pub(super) fn load_map(&mut self, page: u64, out: &mut Vec<Output>) {
+        if self.map.index.contains_key(&page) {
+            return;
+        }
+        self.map.insert(page, SlotState::Loading);
+        let read = DiskIo::Read { file: FileKind::Meta, offset: self.layout.map(page), len: PAGE as u32 };
+        self.disk(Io::MapLoad { page }, read, out);
+        self.make_room(out);
+    }
+
+    /// What is known of these blocks, at most 256. Their pages are in memory where they exist.
+    pub(super) fn snapshot(&self, block: BlockIndex, count: u64) -> Snapshot {
+        assert!((1..=256).contains(&count), "a snapshot of {count} blocks");
+        let mut snapshot = Snapshot { sums: vec![0; count as usize], allocated: [0; 4], unverified: [0; 4] };
+        let mut page_of = None;
+        for i in 0..count as usize {
+            let (page, at) = place(block.0 + i as u64);
+            if page_of.is_none_or(|(known, _)| known != page) {
+                let present = self.regions.present.get(page);
+                page_of = Some((page, present.then(|| self.map.get(page).expect("the map page is in memory"))));
+            }
+            let Some((_, Some(map))) = page_of else { continue };
+            snapshot.sums[i] = map.sums[at];
+            snapshot.allocated[i / 64] |= u64::from(map.is_allocated(at)) << (i % 64);
+            snapshot.unverified[i / 64] |= u64::from(map.is_unverified(at)) << (i % 64);
+        }
+        snapshot
+    }
+
+    /// A first version of the page is on the disk, and empty.
+    pub(super) fn map_initialised(&mut self, page: u64, out: &mut Vec<Output>) {
+        self.map.insert(page, SlotState::Ready(MapPage::empty()));
+        self.make_room(out);
+    }
+
+    pub(super) fn map_loaded(&mut self, page: u64, result: Result<DiskData, DiskError>, out: &mut Vec<Output>) {
+        let loaded = match result {
+            Ok(DiskData::Read(bytes)) => layout::decode_map(&bytes, page, self.config.ids.replica),
+            _ => None,
+        };
+        let slot = self.map.slot(page).expect("a page that loads has its slot");
+        if let Some(map) = loaded {
+            slot.state = SlotState::Ready(map);
+            return self.wake_page(page);
+        }
+        // Lost, torn or rotten: the blocks are unverified, never zeroes, and before anybody acts on that, or the
+        // page is written again, its regions are durably dirty (R10).
+        slot.state = SlotState::Marking;
+        let first = page * MAP_REGIONS;
+        let end = (first + MAP_REGIONS).min(self.layout.regions);
+        out.push(Output::Notice(Notice::BadMapPage { first_region: first as u32 }));
+        self.distrust(first, end);
+        if self.may_change_or_wait(first..end, false, Waiter::Page(page)) {
+            self.bad_page_marked(page, out);
+        }
+    }
+
+    pub(super) fn bad_page_marked(&mut self, page: u64, out: &mut Vec<Output>) {
+        let first = page * MAP_REGIONS;
+        let end = (first + MAP_REGIONS).min(self.layout.regions);
+        if (first..end).all(|region| self.regions.durable.get(region)) {
+            let slot = self.map.slot(page).expect("a page that is marked has its slot");
+            slot.state = SlotState::Ready(MapPage::unverified());
+            self.map.modify(page);
+            return self.wake_page(page);
+        }
+        // No space for the dirty bits. The page stays bad on the disk and is found again.
+        for id in self.map.remove(page) {
+            if let Some(op) = self.ops.remove(&id) {
+                if op.ended || op.ios > 0 {
+                    self.ops.insert(id, op);
+                } else {
+                    self.fail(op, Code::NoSpace, 0, out);
+                }
+            }
+        }
+    }
+
+    fn wake_page(&mut self, page: u64) {
+        let slot = self.map.slot(page).expect("in memory");
+        let waiters = std::mem::take(&mut slot.waiters);
+        self.ready.extend(waiters);
+    }
+
+    /// Drops pages, or begins to write modified ones back, while there are too many.
+    pub(super) fn make_room(&mut self, out: &mut Vec<Output>) {
+        let limit = self.map.limit;
+        self.shrink_map(limit, out);
+    }
+
+    fn shrink_map(&mut self, limit: usize, out: &mut Vec<Output>) {
+        // One round: a page that was just used stays, at the cost of staying above the limit until the next page comes.
+        let mut looks = self.map.slots.len();
+        while self.map.index.len() > limit && looks > 0 {
+            looks -= 1;
+            self.map.hand = (self.map.hand + 1) % self.map.slots.len();
+            let slot = &mut self.map.slots[self.map.hand];
+            let (page, idle) = (slot.page, slot.pins == 0 && slot.waiters.is_empty() && !slot.writing);
+            if !matches!(slot.state, SlotState::Ready(_)) || !idle {
+                continue;
+            }
+            if std::mem::take(&mut slot.used) {
+                continue;
+            }
+            if slot.modified {
+                // It can be dropped when it has been written. Its data may reach the disk later than it does: a
+                // crash then leaves a mismatch in a dirty region.
+                self.write_map(page, 1, out);
+            } else {
+                self.map.remove(page);
+            }
+        }
+    }
+
+    /// Gives memory back when there is nothing to do.
+    pub(super) fn trim_map(&mut self, out: &mut Vec<Output>) {
+        if self.is_open() && self.now - self.busy_at > IDLE_MS && self.map.index.len() > IDLE_PAGES {
+            self.shrink_map(IDLE_PAGES, out);
+            if self.map.index.len() <= IDLE_PAGES {
+                let kept = self.map.slots.iter().rposition(|s| !matches!(s.state, SlotState::Absent));
+                self.map.slots.truncate(kept.map_or(0, |i| i + 1));
+                let len = self.map.slots.len() as u32;
+                self.map.free.retain(|i| *i < len);
+                self.map.slots.shrink_to_fit();
+            }
+        }
+    }
+
+    /// Writes these modified pages, no write of which is in flight; runs of neighbours go out as one write.
+    pub(super) fn write_map_pages(&mut self, pages: &[u64], out: &mut Vec<Output>) {
+        for (first, count) in runs(pages.iter().copied()) {
+            let mut at = first;
+            while at < first + count {
+                let n = (first + count - at).min(MAX_WRITE_PAGES);
+                self.write_map(at, n, out);
+                at += n;
+            }
+        }
+    }
+
+    fn write_map(&mut self, first: u64, count: u64, out: &mut Vec<Output>) {
+        let mut bytes = BytesMut::with_capacity((count * PAGE) as usize);
+        for page in first..first + count {
+            let slot = self.map.slot(page).expect("a modified page is in memory");
+            assert!(slot.modified && !slot.writing, "map page {page} written twice at a time");
+            (slot.modified, slot.writing) = (false, true);
+            let SlotState::Ready(map) = &slot.state else { panic!("map page {page} written while not ready") };
+            layout::encode_map(&mut bytes, page, self.config.ids.replica, map);
+            self.map.modified.remove(&page);
+        }
+        let write = DiskIo::Write { file: FileKind::Meta, offset: self.layout.map(first), bytes: bytes.freeze() };
+        self.disk(Io::MapWrite { first, count }, write, out);
+    }
+
+    pub(super) fn map_written(
+        &mut self,
+        first: u64,
+        count: u64,
+        result: Result<DiskData, DiskError>,
+        out: &mut Vec<Output>,
+    ) {
+        if let Err(error) = result {
+            return self.fault(FaultReason::MetaWrite(error), out);
+        }
+        for page in first..first + count {
+            let slot = self.map.slot(page).expect("a page that is written stays in memory");
+            slot.writing = false;
+        }
+        self.flush.meta_written = true;
+        self.flush_map_written(first, count, out);
+        self.make_room(out);
+    }
+}

@@ -1,0 +1,358 @@
+//! Making and opening a replica.
+//!
+//! ```text
+//! create: bitmaps ─► sync both files ─► superblocks ─► sync ─► opened
+//! open:   superblocks ─► bitmaps ─► map pages under a bad presence page ─► bad superblock copy rewritten ─► opened
+//! ```
+//!
+//! A replica without a good superblock was never made, or has lost it; so the superblock comes last (§6).
+
+use bytes::BytesMut;
+use proto::frame::SetView;
+use proto::id::{AttachId, AttachNo, Epoch};
+
+use super::bitset::BitSet;
+use super::interface::{
+    Config, Create, DiskData, DiskError, DiskIo, FileKind, FileLengths, OpenError, OpenReport, Output,
+};
+use super::layout::{self, BITMAP_BITS, BITMAP_WORDS, MAP_REGIONS, PAGE, PageKind};
+use super::state::{Io, Phase, ReplicaCore};
+use super::superblock::{BadCopy, Superblock};
+
+/// Pages that are read or written in one disk operation.
+const PIECE_PAGES: u64 = 256;
+
+/// Where opening stands.
+#[derive(Debug)]
+pub(super) struct Opening {
+    stage: Stage,
+    /// Disk operations in flight.
+    ios: u32,
+    copies: [Result<Superblock, BadCopy>; 2],
+    /// Runs of pages that are being read, first page of the stage and count, by the operation's piece.
+    pieces: Vec<(u64, u64)>,
+    /// It is being made, not opened.
+    new: bool,
+    report: OpenReport,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    NewBitmaps,
+    NewBitmapsSync,
+    NewSuperblocks,
+    Superblocks,
+    Bitmaps,
+    LostPresence,
+    Repair,
+    /// Nothing else is awaited.
+    LastSync,
+}
+
+impl Opening {
+    fn new(stage: Stage) -> Self {
+        let report =
+            OpenReport { epoch: Epoch(0), repaired_superblock: None, bad_bitmap_pages: 0, dirty: 0, rebuilt: false };
+        let copies = [Err(BadCopy::Zero), Err(BadCopy::Zero)];
+        Self { stage, ios: 0, copies, pieces: Vec::new(), new: stage == Stage::NewBitmaps, report }
+    }
+}
+
+impl ReplicaCore {
+    /// Makes a replica in files that are as long as [`Layout`] says and read as zeroes, but for the data file of a
+    /// replica that is [`Create::Rebuilt`]. Ends with [`Output::Opened`] or [`Output::OpenFailed`].
+    pub fn create(config: Config, create: Create, out: &mut Vec<Output>) -> Self {
+        let superblock = Superblock {
+            generation: 1,
+            ids: config.ids,
+            blocks: config.blocks,
+            epoch: Epoch(0),
+            set: SetView::default(),
+            rebuilt: create == Create::Rebuilt,
+        };
+        let mut core = Self::new(config, superblock, Opening::new(Stage::NewBitmaps));
+        let layout = core.layout;
+        if create != Create::Clean {
+            core.regions.dirty = BitSet::full(layout.regions);
+        }
+        if create == Create::Rebuilt {
+            core.regions.suspect = BitSet::full(layout.regions);
+            // The map is gone: every page of it is a lost one.
+            core.regions.present = BitSet::full(layout.map_pages);
+        }
+        let replica = config.ids.replica;
+        let mut at = 0;
+        let bitmap_pages = layout.dirty_pages + layout.presence_pages;
+        while at < bitmap_pages {
+            let n = PIECE_PAGES.min(bitmap_pages - at);
+            let mut bytes = BytesMut::with_capacity((n * PAGE) as usize);
+            for page in at..at + n {
+                let (kind, index, set) = match page.checked_sub(layout.dirty_pages) {
+                    None => (PageKind::Dirty, page, &core.regions.dirty),
+                    Some(index) => (PageKind::Presence, index, &core.regions.present),
+                };
+                let words = set.words(index as usize * BITMAP_WORDS, BITMAP_WORDS);
+                layout::encode_bitmap(&mut bytes, kind, index, replica, words);
+            }
+            core.opening().ios += 1;
+            let write = DiskIo::Write { file: FileKind::Meta, offset: layout.dirty(at), bytes: bytes.freeze() };
+            core.disk(Io::Open(0), write, out);
+            at += n;
+        }
+        core
+    }
+
+    /// Opens a replica whose files are as long as `lengths` says. Ends with [`Output::Opened`] or
+    /// [`Output::OpenFailed`].
+    pub fn open(config: Config, lengths: FileLengths, out: &mut Vec<Output>) -> Self {
+        let superblock = Superblock {
+            generation: 0,
+            ids: config.ids,
+            blocks: config.blocks,
+            epoch: Epoch(0),
+            set: SetView::default(),
+            rebuilt: false,
+        };
+        let mut core = Self::new(config, superblock, Opening::new(Stage::Superblocks));
+        let layout = core.layout;
+        // Whose it is comes before how long it is; for that, the superblocks must be there.
+        if lengths.meta < 2 * PAGE {
+            core.phase = Phase::Unopened;
+            out.push(Output::OpenFailed(OpenError::Truncated {
+                file: FileKind::Meta,
+                found: lengths.meta,
+                expected: layout.meta_len(),
+            }));
+            return core;
+        }
+        core.opening().pieces = vec![(lengths.data, lengths.meta)];
+        core.opening().ios = 2;
+        for copy in 0..2u8 {
+            let read = DiskIo::Read { file: FileKind::Meta, offset: layout.superblock(copy), len: PAGE as u32 };
+            core.disk(Io::Open(copy.into()), read, out);
+        }
+        core
+    }
+
+    fn opening(&mut self) -> &mut Opening {
+        match &mut self.phase {
+            Phase::Opening(opening) => opening,
+            other => panic!("opening while {other:?}"),
+        }
+    }
+
+    fn open_failed(&mut self, error: OpenError, out: &mut Vec<Output>) {
+        self.phase = Phase::Unopened;
+        out.push(Output::OpenFailed(error));
+    }
+
+    pub(super) fn opening_done(&mut self, piece: u32, result: Result<DiskData, DiskError>, out: &mut Vec<Output>) {
+        self.opening().ios -= 1;
+        match self.opening().stage {
+            Stage::Superblocks => {
+                let copy = match result {
+                    Ok(DiskData::Read(bytes)) => Superblock::decode(&bytes),
+                    _ => Err(BadCopy::Damaged),
+                };
+                self.opening().copies[piece as usize] = copy;
+            }
+            Stage::Bitmaps => self.take_bitmaps(piece, result.ok()),
+            Stage::LostPresence => self.look_for_map_pages(result.ok()),
+            _ => {
+                if let Err(error) = result {
+                    let file = FileKind::Meta;
+                    return self.open_failed(OpenError::Disk { file, error }, out);
+                }
+            }
+        }
+        if self.opening().ios == 0 {
+            self.next_stage(out);
+        }
+    }
+
+    fn next_stage(&mut self, out: &mut Vec<Output>) {
+        match self.opening().stage {
+            Stage::NewBitmaps => {
+                self.opening().stage = Stage::NewBitmapsSync;
+                self.opening().ios = 2;
+                for file in [FileKind::Data, FileKind::Meta] {
+                    self.disk(Io::Open(0), DiskIo::Sync { file }, out);
+                }
+            }
+            Stage::NewBitmapsSync => {
+                self.opening().stage = Stage::NewSuperblocks;
+                self.opening().ios = 2;
+                (0..2).for_each(|copy| self.write_superblock(copy, out));
+            }
+            Stage::NewSuperblocks | Stage::Repair => {
+                self.opening().stage = Stage::LastSync;
+                self.opening().ios = 1;
+                self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta }, out);
+            }
+            Stage::Superblocks => match self.choose_superblock() {
+                Ok(()) => self.read_bitmaps(out),
+                Err(error) => self.open_failed(error, out),
+            },
+            Stage::Bitmaps => {
+                let lost = std::mem::take(&mut self.opening().pieces);
+                if lost.is_empty() {
+                    return self.repair_superblock(out);
+                }
+                self.opening().stage = Stage::LostPresence;
+                self.opening().pieces = lost;
+                self.next_stage(out);
+            }
+            Stage::LostPresence => {
+                // One at a time, from the last: there may be a hundred MiB of them.
+                let Some((first, count)) = self.opening().pieces.last().copied() else {
+                    return self.repair_superblock(out);
+                };
+                self.opening().ios = 1;
+                let offset = self.layout.map(first);
+                let read = DiskIo::Read { file: FileKind::Meta, offset, len: (count * PAGE) as u32 };
+                self.disk(Io::Open(0), read, out);
+            }
+            Stage::LastSync => self.opened(out),
+        }
+    }
+
+    fn write_superblock(&mut self, copy: u8, out: &mut Vec<Output>) {
+        let offset = self.layout.superblock(copy);
+        let bytes = self.superblock.encode().into();
+        self.disk(Io::Open(0), DiskIo::Write { file: FileKind::Meta, offset, bytes }, out);
+    }
+
+    /// Takes the newer good copy, if the files are what they should be.
+    fn choose_superblock(&mut self) -> Result<(), OpenError> {
+        let expected = self.config;
+        let layout = self.layout;
+        let (data_len, meta_len) = self.opening().pieces[0];
+        let copies = self.opening().copies.clone();
+        let best = copies.iter().flatten().max_by_key(|c| c.generation);
+        let Some(best) = best else {
+            if let Some(BadCopy::Layout(found)) =
+                copies.iter().filter_map(|c| c.as_ref().err()).max_by_key(|bad| matches!(bad, BadCopy::Layout(_)))
+            {
+                return Err(OpenError::Layout { found: *found, expected: layout::LAYOUT_VERSION });
+            }
+            let empty = copies.iter().all(|c| matches!(c, Err(BadCopy::Zero)));
+            return Err(OpenError::NoSuperblock { empty });
+        };
+        if best.ids != expected.ids {
+            return Err(OpenError::Foreign { found: best.ids, expected: expected.ids });
+        }
+        if best.blocks != expected.blocks {
+            return Err(OpenError::Size { found: best.blocks, expected: expected.blocks });
+        }
+        for (file, found, expected) in
+            [(FileKind::Data, data_len, layout.data_len()), (FileKind::Meta, meta_len, layout.meta_len())]
+        {
+            if found < expected {
+                return Err(OpenError::Truncated { file, found, expected });
+            }
+        }
+        self.superblock = best.clone();
+        let other = copies.iter().position(|c| c.as_ref() != Ok(best));
+        self.opening().report.repaired_superblock = other.map(|i| i as u8);
+        Ok(())
+    }
+
+    fn read_bitmaps(&mut self, out: &mut Vec<Output>) {
+        let layout = self.layout;
+        let pages = layout.dirty_pages + layout.presence_pages;
+        let pieces: Vec<(u64, u64)> =
+            (0..pages).step_by(PIECE_PAGES as usize).map(|at| (at, PIECE_PAGES.min(pages - at))).collect();
+        let opening = self.opening();
+        opening.stage = Stage::Bitmaps;
+        opening.ios = pieces.len() as u32;
+        opening.pieces = Vec::new();
+        for (at, n) in pieces {
+            let read = DiskIo::Read { file: FileKind::Meta, offset: layout.dirty(at), len: (n * PAGE) as u32 };
+            self.disk(Io::Open(at as u32), read, out);
+        }
+    }
+
+    /// Takes bitmap pages from page `first` on; what can't be read is bad.
+    fn take_bitmaps(&mut self, first: u32, data: Option<DiskData>) {
+        let layout = self.layout;
+        let replica = self.config.ids.replica;
+        let first = u64::from(first);
+        let count = PIECE_PAGES.min(layout.dirty_pages + layout.presence_pages - first);
+        let bytes = match data {
+            Some(DiskData::Read(bytes)) => bytes,
+            _ => vec![0; (count * PAGE) as usize],
+        };
+        for (page, bytes) in (first..first + count).zip(bytes.chunks_exact(PAGE as usize)) {
+            let (kind, index) = match page.checked_sub(layout.dirty_pages) {
+                None => (PageKind::Dirty, page),
+                Some(index) => (PageKind::Presence, index),
+            };
+            let at = index as usize * BITMAP_WORDS;
+            let set = if kind == PageKind::Dirty { &mut self.regions.dirty } else { &mut self.regions.present };
+            if let Some(words) = layout::decode_bitmap(bytes, kind, index, replica) {
+                set.replace_words(at, words);
+                if kind == PageKind::Dirty {
+                    let words = self.regions.dirty.words(at, BITMAP_WORDS).collect::<Vec<_>>();
+                    self.regions.durable.replace_words(at, words.into_iter());
+                }
+                continue;
+            }
+            // R5: a bad dirty page counts as all dirty. A bad presence page: look at each of its map pages.
+            set.set_range(index * BITMAP_BITS, (index + 1) * BITMAP_BITS);
+            self.opening().report.bad_bitmap_pages += 1;
+            if kind == PageKind::Dirty {
+                self.passes.rewrite_dirty(index);
+            } else {
+                self.passes.presence_pages.insert(index);
+                let (first, end) = (index * BITMAP_BITS, ((index + 1) * BITMAP_BITS).min(layout.map_pages));
+                let pieces = (first..end).step_by(PIECE_PAGES as usize).map(|at| (at, PIECE_PAGES.min(end - at)));
+                self.opening().pieces.extend(pieces);
+            }
+        }
+    }
+
+    /// Looks at map pages whose presence is not known. A good one is there; any other may have been lost, so its
+    /// regions are dirty and suspect, and its blocks unverified when it is loaded (R10).
+    fn look_for_map_pages(&mut self, data: Option<DiskData>) {
+        let (first, count) = self.opening().pieces.pop().expect("one was asked for");
+        let bytes = match data {
+            Some(DiskData::Read(bytes)) => bytes,
+            _ => vec![0; (count * PAGE) as usize],
+        };
+        for (page, bytes) in (first..first + count).zip(bytes.chunks_exact(PAGE as usize)) {
+            if layout::decode_map(bytes, page, self.config.ids.replica).is_none() {
+                let first = page * MAP_REGIONS;
+                self.distrust(first, (first + MAP_REGIONS).min(self.layout.regions));
+            }
+        }
+    }
+
+    fn repair_superblock(&mut self, out: &mut Vec<Output>) {
+        match self.opening().report.repaired_superblock {
+            Some(copy) => {
+                self.opening().stage = Stage::Repair;
+                self.opening().ios = 1;
+                self.write_superblock(copy, out);
+            }
+            None => {
+                self.opening().stage = Stage::LastSync;
+                self.opened(out);
+            }
+        }
+    }
+
+    fn opened(&mut self, out: &mut Vec<Output>) {
+        let mut report = self.opening().report.clone();
+        if self.opening().new {
+            self.regions.durable = self.regions.dirty.clone();
+        } else {
+            self.regions.suspect = self.regions.dirty.clone();
+        }
+        report.epoch = self.superblock.epoch;
+        report.dirty = self.regions.dirty.ones();
+        report.rebuilt = self.superblock.rebuilt;
+        self.attach.newest = AttachId { epoch: self.superblock.epoch, attach: AttachNo(0) };
+        self.phase = Phase::Open;
+        out.push(Output::Opened(report));
+    }
+}

@@ -1,0 +1,467 @@
+//! What equalising needs of a replica (R7): hashes of what is on the disk, copies to a peer, and restamps.
+//!
+//! At most [`MAX_REPAIRS`] of these run at a time; the rest wait in order, counted among the requests in flight of
+//! their attach. Each works in pieces that end as separate disk operations, so that foreground requests come
+//! between them: hashing one piece takes a fraction of a millisecond.
+
+use std::collections::VecDeque;
+
+use proto::frame::{BlockHash, Code, CopyTarget, Reply, Request, block_sum, block_sums};
+use proto::id::BlockIndex;
+use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+
+use super::dirty_log::{Waiter, regions_of};
+use super::interface::{CopyError, CopyToken, DiskData, DiskError, DiskIo, FileKind, Notice, Output};
+use super::io::body;
+use super::map::{Snapshot, place};
+use super::state::{Body, ById, Changing, Io, Op, ReplicaCore};
+
+/// Hashes, copies and restamps that one replica works on at a time.
+const MAX_REPAIRS: usize = 4;
+/// Blocks that are read and hashed, or copied, in one piece.
+const PIECE_BLOCKS: u64 = 64;
+/// Pieces of one copy that are being read or are on their way.
+const MAX_COPY_WINDOW: u32 = 8;
+
+#[derive(Debug, Default)]
+pub(super) struct RepairState {
+    running: usize,
+    queue: VecDeque<u64>,
+    /// Copies on their way: the request and its piece.
+    sent: ById<u64, (u64, u32)>,
+    /// The hash of a zero block under the key that was used last.
+    zero_hash: Option<([u8; 32], [u8; 16])>,
+}
+
+/// Consecutive blocks that are treated alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    /// First block, counted from the request's.
+    at: u64,
+    count: u64,
+    /// They must be read; otherwise they are known to be zeroes.
+    on_disk: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct HashOp {
+    block: BlockIndex,
+    count: u32,
+    key: [u8; 32],
+    pieces: Vec<Piece>,
+    map: Option<Snapshot>,
+    hashes: Vec<BlockHash>,
+}
+
+#[derive(Debug)]
+pub(super) struct CopyOp {
+    block: BlockIndex,
+    mask: [u64; 4],
+    target: CopyTarget,
+    pieces: Vec<Piece>,
+    started: bool,
+    /// Pieces that have been begun, and how many of them have not ended.
+    next: usize,
+    in_flight: u32,
+    failed: Option<(Code, u64)>,
+}
+
+#[derive(Debug)]
+pub(super) struct RestampOp {
+    block: BlockIndex,
+    mask: [u64; 4],
+    pieces: Vec<Piece>,
+    failed: Option<u64>,
+}
+
+impl HashOp {
+    pub(super) fn new(block: BlockIndex, count: u32, key: [u8; 32]) -> Self {
+        Self { block, count, key, pieces: Vec::new(), map: None, hashes: Vec::new() }
+    }
+}
+
+impl CopyOp {
+    pub(super) fn new(block: BlockIndex, mask: [u64; 4], target: CopyTarget) -> Self {
+        Self { block, mask, target, pieces: Vec::new(), started: false, next: 0, in_flight: 0, failed: None }
+    }
+}
+
+impl RestampOp {
+    pub(super) fn new(block: BlockIndex, mask: [u64; 4]) -> Self {
+        Self { block, mask, pieces: Vec::new(), failed: None }
+    }
+}
+
+fn is_named(mask: &[u64; 4], i: u64) -> bool {
+    mask[(i / 64) as usize] & (1 << (i % 64)) != 0
+}
+
+/// One past the last named block; 0: none is named.
+fn named_len(mask: &[u64; 4]) -> u64 {
+    (0..4).rev().find(|w| mask[*w] != 0).map_or(0, |w| w as u64 * 64 + 64 - u64::from(mask[w].leading_zeros()))
+}
+
+/// Cuts the blocks `0..count` that `wanted` names into pieces.
+fn pieces(count: u64, wanted: impl Fn(u64) -> bool, map: &Snapshot) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for at in (0..count).filter(|i| wanted(*i)) {
+        let on_disk = map.allocated(at as usize) || map.unverified(at as usize);
+        match pieces.last_mut() {
+            Some(p) if p.at + p.count == at && p.on_disk == on_disk && (!on_disk || p.count < PIECE_BLOCKS) => {
+                p.count += 1;
+            }
+            _ => pieces.push(Piece { at, count: 1, on_disk }),
+        }
+    }
+    pieces
+}
+
+fn hash(key: &[u8; 32], block: &[u8]) -> [u8; 16] {
+    blake3::keyed_hash(key, block).as_bytes()[..16].try_into().expect("a hash has 32 bytes")
+}
+
+impl ReplicaCore {
+    pub(super) fn repair_request(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
+        let (block, count) = match &op.body {
+            Body::Hash(h) => (h.block, u64::from(h.count)),
+            Body::Copy(c) => (c.block, named_len(&c.mask)),
+            Body::Restamp(r) => (r.block, named_len(&r.mask)),
+            other => unreachable!("{other:?}"),
+        };
+        let one_region = !matches!(op.body, Body::Hash(_)) || {
+            count <= REGION_BLOCKS && block.0 % REGION_BLOCKS + count <= REGION_BLOCKS
+        };
+        if !self.in_range(block, count) || !one_region {
+            return self.fail(op, Code::Invalid, 0, out);
+        }
+        if let Body::Restamp(_) = op.body {
+            let (first, last) = regions_of(block, count);
+            (first..=last).for_each(|region| self.regions.begin_change(region));
+            op.changing = Changing::Span(first, last);
+        }
+        self.ops.insert(id, op);
+        self.repair.queue.push_back(id);
+        self.start_repairs();
+    }
+
+    fn start_repairs(&mut self) {
+        while self.repair.running < MAX_REPAIRS {
+            let Some(id) = self.repair.queue.pop_front() else { return };
+            let Some(op) = self.ops.get_mut(&id).filter(|op| !op.ended) else { continue };
+            op.repairing = true;
+            self.repair.running += 1;
+            self.ready.push_back(id);
+        }
+    }
+
+    pub(super) fn repair_place_free(&mut self) {
+        self.repair.running -= 1;
+        self.start_repairs();
+    }
+
+    pub(super) fn advance_repair(&mut self, id: u64, op: Op, out: &mut Vec<Output>) {
+        if !op.repairing {
+            self.ops.insert(id, op);
+            return;
+        }
+        match &op.body {
+            Body::Hash(_) => self.advance_hash(id, op, out),
+            Body::Copy(_) => self.advance_copy(id, op, out),
+            Body::Restamp(_) => self.advance_restamp(id, op, out),
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    pub(super) fn repair_done(
+        &mut self,
+        id: u64,
+        mut op: Op,
+        piece: u32,
+        result: Result<DiskData, DiskError>,
+        out: &mut Vec<Output>,
+    ) {
+        let bytes = match result {
+            Ok(DiskData::Read(bytes)) => Some(bytes),
+            _ => None,
+        };
+        if op.ended {
+            if op.ios > 0 {
+                self.ops.insert(id, op);
+            } else {
+                self.release(&mut op);
+            }
+            return;
+        }
+        match &op.body {
+            Body::Hash(_) => self.hash_piece(id, op, piece, bytes, out),
+            Body::Copy(_) => self.copy_piece(id, op, piece, bytes, out),
+            Body::Restamp(_) => self.restamp_piece(id, op, piece, bytes, out),
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    fn read_piece(&mut self, id: u64, block: BlockIndex, index: usize, piece: Piece, out: &mut Vec<Output>) {
+        let offset = (block.0 + piece.at) * BLOCK_SIZE;
+        let len = (piece.count * BLOCK_SIZE) as u32;
+        let read = DiskIo::Read { file: FileKind::Data, offset, len };
+        self.disk(Io::Op { op: id, piece: index as u32 }, read, out);
+    }
+
+    fn zero_hash(&mut self, key: &[u8; 32]) -> [u8; 16] {
+        match self.repair.zero_hash {
+            Some((known, zero)) if known == *key => zero,
+            _ => {
+                let zero = hash(key, &[0; BLOCK_SIZE as usize]);
+                self.repair.zero_hash = Some((*key, zero));
+                zero
+            }
+        }
+    }
+
+    fn advance_hash(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
+        let job = body!(op, Hash);
+        let (block, count) = (job.block, u64::from(job.count));
+        if op.ios > 0 {
+            self.ops.insert(id, op);
+            return;
+        }
+        if !self.map_or_wait(block, count, id, out) {
+            self.ops.insert(id, op);
+            return;
+        }
+        let map = self.snapshot(block, count);
+        let zero = self.zero_hash(&job.key);
+        job.hashes = vec![BlockHash { hash: zero, intact: true, readable: true, allocated: false }; count as usize];
+        job.pieces = pieces(count, |_| true, &map).into_iter().filter(|p| p.on_disk).collect();
+        job.map = Some(map);
+        if job.pieces.is_empty() {
+            let hashes = std::mem::take(&mut job.hashes);
+            return self.finish(op, Reply::Hashes(hashes), out);
+        }
+        let todo = job.pieces.clone();
+        op.ios = todo.len() as u32;
+        self.ops.insert(id, op);
+        for (i, piece) in todo.into_iter().enumerate() {
+            self.read_piece(id, block, i, piece, out);
+        }
+    }
+
+    fn hash_piece(&mut self, id: u64, mut op: Op, index: u32, bytes: Option<Vec<u8>>, out: &mut Vec<Output>) {
+        let job = body!(op, Hash);
+        let piece = job.pieces[index as usize];
+        let map = job.map.as_ref().expect("taken before the disk was asked");
+        let mut alone = Vec::new();
+        match bytes {
+            Some(bytes) => {
+                assert_eq!(bytes.len() as u64, piece.count * BLOCK_SIZE, "the disk read another length");
+                for (i, bytes) in (piece.at as usize..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
+                    job.hashes[i] = BlockHash {
+                        hash: hash(&job.key, bytes),
+                        intact: !map.unverified(i) && block_sum(bytes) == map.sums[i],
+                        readable: true,
+                        allocated: true,
+                    };
+                }
+            }
+            None if piece.count == 1 => {
+                let unreadable = BlockHash { hash: [0; 16], intact: false, readable: false, allocated: true };
+                job.hashes[piece.at as usize] = unreadable;
+                out.push(Output::Notice(Notice::ReadFailed { block: BlockIndex(job.block.0 + piece.at) }));
+            }
+            None => {
+                // One bad block must not hide its neighbours.
+                for at in piece.at..piece.at + piece.count {
+                    alone.push((job.pieces.len(), Piece { at, count: 1, on_disk: true }));
+                    job.pieces.push(Piece { at, count: 1, on_disk: true });
+                }
+            }
+        }
+        let block = job.block;
+        op.ios += alone.len() as u32;
+        if op.ios == 0 {
+            let hashes = std::mem::take(&mut job.hashes);
+            return self.finish(op, Reply::Hashes(hashes), out);
+        }
+        self.ops.insert(id, op);
+        for (i, piece) in alone {
+            self.read_piece(id, block, i, piece, out);
+        }
+    }
+
+    fn advance_copy(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
+        let job = body!(op, Copy);
+        if !job.started {
+            let (block, count) = (job.block, named_len(&job.mask));
+            if !self.map_or_wait(block, count, id, out) {
+                self.ops.insert(id, op);
+                return;
+            }
+            let map = self.snapshot(block, count);
+            job.pieces = pieces(count, |i| is_named(&job.mask, i), &map);
+            job.started = true;
+        }
+        self.continue_copy(id, op, out);
+    }
+
+    /// Begins as many pieces as the window takes; answers when the last one has ended.
+    fn continue_copy(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
+        let mut reads = Vec::new();
+        let job = body!(op, Copy);
+        while job.failed.is_none() && job.in_flight < MAX_COPY_WINDOW && job.next < job.pieces.len() {
+            let (index, piece) = (job.next, job.pieces[job.next]);
+            job.next += 1;
+            job.in_flight += 1;
+            if piece.on_disk {
+                reads.push((index, piece));
+            } else {
+                let token = self.number();
+                self.repair.sent.insert(token, (id, index as u32));
+                let request = Request::CopyWrite {
+                    replica: job.target.replica,
+                    block: BlockIndex(job.block.0 + piece.at),
+                    count: piece.count as u32,
+                    sums: Vec::new(),
+                    data: bytes::Bytes::new(),
+                };
+                out.push(Output::SendCopy { to: job.target.clone(), token: CopyToken(token), request });
+            }
+        }
+        if job.in_flight == 0 {
+            return match job.failed {
+                Some((code, block)) => self.fail(op, code, block, out),
+                None => {
+                    let done = Reply::Done(op.kind);
+                    self.finish(op, done, out);
+                }
+            };
+        }
+        let block = job.block;
+        op.ios += reads.len() as u32;
+        self.ops.insert(id, op);
+        for (index, piece) in reads {
+            self.read_piece(id, block, index, piece, out);
+        }
+    }
+
+    /// A piece has been read: what is on the disk is sent, with sums of that (the gateway chose the base).
+    fn copy_piece(&mut self, id: u64, mut op: Op, index: u32, bytes: Option<Vec<u8>>, out: &mut Vec<Output>) {
+        let job = body!(op, Copy);
+        let piece = job.pieces[index as usize];
+        let block = BlockIndex(job.block.0 + piece.at);
+        match bytes {
+            Some(bytes) if job.failed.is_none() => {
+                assert_eq!(bytes.len() as u64, piece.count * BLOCK_SIZE, "the disk read another length");
+                let token = self.number();
+                self.repair.sent.insert(token, (id, index));
+                let request = Request::CopyWrite {
+                    replica: job.target.replica,
+                    block,
+                    count: piece.count as u32,
+                    sums: block_sums(&bytes),
+                    data: bytes.into(),
+                };
+                out.push(Output::SendCopy { to: job.target.clone(), token: CopyToken(token), request });
+                self.ops.insert(id, op);
+            }
+            Some(_) => {
+                job.in_flight -= 1;
+                self.continue_copy(id, op, out);
+            }
+            None => {
+                out.push(Output::Notice(Notice::ReadFailed { block }));
+                job.failed.get_or_insert((Code::ReadFailed, block.0));
+                job.in_flight -= 1;
+                self.continue_copy(id, op, out);
+            }
+        }
+    }
+
+    pub(super) fn copy_sent(&mut self, token: CopyToken, result: Result<(), CopyError>, out: &mut Vec<Output>) {
+        // The request may be gone with its attach.
+        let Some((id, index)) = self.repair.sent.remove(&token.0) else { return };
+        let Some(mut op) = self.ops.remove(&id) else { return };
+        if op.ended {
+            self.ops.insert(id, op);
+            return;
+        }
+        let job = body!(op, Copy);
+        job.in_flight -= 1;
+        if let Err(error) = result {
+            let block = BlockIndex(job.block.0 + job.pieces[index as usize].at);
+            out.push(Output::Notice(Notice::CopyFailed { block, error }));
+            let code = match error {
+                CopyError::Unreachable => Code::PeerUnreachable,
+                CopyError::Refused(_) => Code::PeerRefused,
+            };
+            job.failed.get_or_insert((code, block.0));
+        }
+        self.continue_copy(id, op, out);
+    }
+
+    fn advance_restamp(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
+        if op.touched {
+            self.ops.insert(id, op);
+            return;
+        }
+        let job = body!(op, Restamp);
+        let (block, count) = (job.block, named_len(&job.mask));
+        let (first, last) = regions_of(block, count);
+        // Where there is no map page there is nothing to restamp, and no page is to be made.
+        let present = |r: &u64| self.regions.present.get(*r / super::layout::MAP_REGIONS);
+        let regions: Vec<u64> = (u64::from(first)..=u64::from(last)).filter(present).collect();
+        if !self.may_change_or_wait(regions.into_iter(), false, Waiter::Op(id))
+            || !self.map_or_wait(block, count, id, out)
+        {
+            self.ops.insert(id, op);
+            return;
+        }
+        let map = self.snapshot(block, count);
+        job.pieces = pieces(count, |i| is_named(&job.mask, i), &map).into_iter().filter(|p| p.on_disk).collect();
+        if job.pieces.is_empty() {
+            let done = Reply::Done(op.kind);
+            return self.finish(op, done, out);
+        }
+        let pages: Vec<u64> =
+            job.pieces.iter().flat_map(|p| [p.at, p.at + p.count - 1]).map(|at| place(block.0 + at).0).collect();
+        let (low, high) = (pages[0], pages[pages.len() - 1]);
+        (low..=high).for_each(|page| self.map.pin(page));
+        op.pinned = Some((low, high));
+        op.touched = true;
+        let todo = job.pieces.clone();
+        op.ios = todo.len() as u32;
+        self.ops.insert(id, op);
+        for (i, piece) in todo.into_iter().enumerate() {
+            self.read_piece(id, block, i, piece, out);
+        }
+    }
+
+    fn restamp_piece(&mut self, id: u64, mut op: Op, index: u32, bytes: Option<Vec<u8>>, out: &mut Vec<Output>) {
+        let job = body!(op, Restamp);
+        let piece = job.pieces[index as usize];
+        let block = job.block.0 + piece.at;
+        match bytes {
+            Some(bytes) => {
+                for (block, bytes) in (block..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
+                    let (page, at) = place(block);
+                    let map = self.map.modify(page);
+                    if bytes.iter().all(|b| *b == 0) { map.clear(at) } else { map.set(at, block_sum(bytes)) }
+                }
+            }
+            None => {
+                out.push(Output::Notice(Notice::ReadFailed { block: BlockIndex(block) }));
+                job.failed.get_or_insert(block);
+            }
+        }
+        if op.ios > 0 {
+            self.ops.insert(id, op);
+            return;
+        }
+        match job.failed {
+            Some(block) => self.fail(op, Code::ReadFailed, block, out),
+            None => {
+                let done = Reply::Done(op.kind);
+                self.finish(op, done, out);
+            }
+        }
+    }
+}
