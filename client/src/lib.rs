@@ -1,8 +1,12 @@
 //! md99's client side. `iscsi` never speaks to a replica; `mirror` never sees an initiator; they meet in `block`.
 
 pub mod block;
+pub mod clock;
 pub mod control;
 pub mod initiator;
 pub mod iscsi;
+pub mod link;
 pub mod mirror;
 pub mod scsi;
+pub mod volume;
+pub mod gateway;

@@ -104,6 +104,9 @@ pub struct InSyncSet {
     pub version: SetVersion,
     /// Sorted, without duplicates.
     pub members: Vec<ReplicaId>,
+    /// Replicas that left the set while regions waited for what only they may hold (R8); sorted, no members.
+    #[serde(default)]
+    pub awaited: Vec<ReplicaId>,
 }
 
 /// A mirror's definition and its in-sync set.

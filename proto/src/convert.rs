@@ -234,16 +234,19 @@ impl From<ReplicaInfo> for pb::Replica {
 impl TryFrom<pb::InSyncSet> for InSyncSet {
     type Error = BadMessage;
     fn try_from(pb: pb::InSyncSet) -> Checked<Self> {
-        let members = pb.members.iter().map(|id| replica_id("set member", id)).collect::<Checked<Vec<_>>>()?;
-        if !members.is_sorted_by(|a, b| a < b) {
-            return Err(BadMessage::new("set members", "are not sorted, or not distinct"));
-        }
-        Ok(Self { version: SetVersion(pb.version), members })
+        let read = |ids: Vec<Vec<u8>>| {
+            let ids = ids.iter().map(|id| replica_id("set member", id)).collect::<Checked<Vec<_>>>()?;
+            if !ids.is_sorted_by(|a, b| a < b) {
+                return Err(BadMessage::new("set members", "are not sorted, or not distinct"));
+            }
+            Ok(ids)
+        };
+        Ok(Self { version: SetVersion(pb.version), members: read(pb.members)?, awaited: read(pb.awaited)? })
     }
 }
 impl From<InSyncSet> for pb::InSyncSet {
     fn from(s: InSyncSet) -> Self {
-        Self { version: s.version.0, members: into_all(s.members) }
+        Self { version: s.version.0, members: into_all(s.members), awaited: into_all(s.awaited) }
     }
 }
 
@@ -738,6 +741,7 @@ mod tests {
                 in_sync: InSyncSet {
                     version: SetVersion(4),
                     members: vec![ReplicaId(Uuid::from_u128(1)), ReplicaId(Uuid::from_u128(3))],
+                    awaited: vec![ReplicaId(Uuid::from_u128(2))],
                 },
             }],
             export: Some("gateway-1".into()),

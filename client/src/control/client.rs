@@ -399,8 +399,10 @@ impl ControlClient {
         epoch: Epoch,
         expected: SetVersion,
         mut members: Vec<ReplicaId>,
+        mut awaited: Vec<ReplicaId>,
     ) -> Result<InSyncSet, ControlError> {
         members.sort_unstable();
+        awaited.sort_unstable();
         let message = pb::ChangeSetRequest {
             request: Some(request.into()),
             volume: volume.into(),
@@ -408,6 +410,7 @@ impl ControlClient {
             epoch: epoch.0,
             expected: expected.0,
             members: members.into_iter().map(Into::into).collect(),
+            awaited: awaited.into_iter().map(Into::into).collect(),
         };
         let answer = self
             .ask(self.inner.config.deadline, |c| {

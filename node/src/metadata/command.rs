@@ -210,6 +210,9 @@ pub enum Command {
         expected: SetVersion,
         /// The new members, sorted.
         members: Vec<ReplicaId>,
+        /// Replicas outside of it that regions wait for (R8), sorted.
+        #[serde(default)]
+        awaited: Vec<ReplicaId>,
     },
     /// Asks for a forced recovery (R8).
     RecoverVolume {

@@ -259,11 +259,11 @@ impl Metadata {
                 change.set(&mut volume.session.state, SessionState::Closed { gateway, clean });
                 Ok(Answer::Done)
             }
-            Command::ChangeSet { volume, mirror, epoch, expected, members } => {
+            Command::ChangeSet { volume, mirror, epoch, expected, members, awaited } => {
                 let volume = self.owned(volume, epoch)?;
                 let found = volume.mirrors.iter_mut().find(|found| found.id == mirror);
                 let found = found.ok_or(Refusal::not_found(ObjectKind::Mirror, mirror))?;
-                change_set(found, expected, members, change).map(Answer::Set)
+                change_set(found, expected, members, awaited, change).map(Answer::Set)
             }
             Command::RecoverVolume { volume, unix_ms } => {
                 let id = self.living(volume)?.id;
@@ -430,7 +430,7 @@ impl Metadata {
             for mirror in &mut volume.mirrors {
                 let mut members: Vec<_> = mirror.replicas.iter().map(|replica| replica.id).collect();
                 members.sort_unstable();
-                mirror.in_sync = InSyncSet { version: SetVersion(1), members };
+                mirror.in_sync = InSyncSet { version: SetVersion(1), members, awaited: Vec::new() };
             }
             change.0 = true;
         }
@@ -539,6 +539,7 @@ fn change_set(
     mirror: &mut MirrorInfo,
     expected: SetVersion,
     members: Vec<ReplicaId>,
+    awaited: Vec<ReplicaId>,
     change: &mut Change,
 ) -> Result<InSyncSet, Refusal> {
     if mirror.in_sync.version != expected {
@@ -547,14 +548,17 @@ fn change_set(
     if members.is_empty() {
         return Err(Refusal::invalid("set members", "the last one is never removed"));
     }
-    if !members.is_sorted_by(|a, b| a < b) {
+    if !members.is_sorted_by(|a, b| a < b) || !awaited.is_sorted_by(|a, b| a < b) {
         return Err(Refusal::invalid("set members", "are not sorted, or not distinct"));
     }
+    if awaited.iter().any(|replica| members.contains(replica)) {
+        return Err(Refusal::invalid("set members", "are awaited too"));
+    }
     let defined = |id: &&ReplicaId| !mirror.replicas.iter().any(|replica| replica.id == **id);
-    if let Some(stranger) = members.iter().find(defined) {
+    if let Some(stranger) = members.iter().chain(&awaited).find(defined) {
         return Err(Refusal::not_found(ObjectKind::Replica, stranger));
     }
-    mirror.in_sync = InSyncSet { version: expected.next(), members };
+    mirror.in_sync = InSyncSet { version: expected.next(), members, awaited };
     change.0 = true;
     Ok(mirror.in_sync.clone())
 }
@@ -703,6 +707,7 @@ pub(crate) mod tests {
                 epoch: Epoch(epoch),
                 expected: SetVersion(expected),
                 members: members.iter().map(|n| rid(*n)).collect(),
+                awaited: vec![],
             })
         }
     }
@@ -716,7 +721,7 @@ pub(crate) mod tests {
         }
         let volume = &bench.machine.volumes[&VOLUME];
         assert_eq!(volume.state, VolumeState::Ready);
-        let set = InSyncSet { version: SetVersion(1), members: vec![rid(11), rid(12), rid(13)] };
+        let set = InSyncSet { version: SetVersion(1), members: vec![rid(11), rid(12), rid(13)], awaited: vec![] };
         assert_eq!(volume.mirrors[0].in_sync, set);
     }
 
@@ -784,7 +789,7 @@ pub(crate) mod tests {
         let mut bench = Bench::ready();
         assert!(matches!(bench.set(0, 1, &[11]), Answer::Refused(Refusal::Superseded { .. })), "never opened");
         bench.open("a", false, true);
-        let two = InSyncSet { version: SetVersion(2), members: vec![rid(11), rid(13)] };
+        let two = InSyncSet { version: SetVersion(2), members: vec![rid(11), rid(13)], awaited: vec![] };
         assert_eq!(bench.set(1, 1, &[11, 13]), Answer::Set(two.clone()));
         let changed = Refusal::SetChanged { mirror: MIRROR, current: two };
         assert_eq!(bench.set(1, 1, &[11]), Answer::Refused(changed));
@@ -809,6 +814,7 @@ pub(crate) mod tests {
             epoch: Epoch(1),
             expected: SetVersion(1),
             members: vec![rid(11)],
+            awaited: vec![],
         };
         let first = bench.run_as(request, command.clone());
         assert!(matches!(first, Answer::Set(_)));

@@ -1,0 +1,364 @@
+//! One volume's sessions, one after the other, for as long as the volume is wanted here.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use proto::cluster::{ClusterView, OpenedSession, Refusal, VolumeInfo};
+use proto::id::{Epoch, ReplicaId, SetVersion, VolumeId};
+use proto::limits::{BLOCK_SIZE, CLOCK_DRIFT_PERMILLE};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::threads::Open;
+use super::{Shared, Want};
+use crate::block::DeviceInfo;
+use crate::clock::now_ms;
+use crate::control::{ControlError, ViewReceiver};
+use crate::iscsi::iqn;
+use crate::mirror::{MirrorConfig, MirrorStatus, ReplicaDef, SetDecision, StopReason};
+use crate::volume::{Stripe, VolumeCommand, VolumeConfig, VolumeEvent};
+
+/// Between attempts to open a volume.
+const OPEN_AGAIN: Duration = Duration::from_millis(500);
+/// Between attempts to get a definite answer about a proposed set.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// How long a close may take until the session is left to the next one to reconcile.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// A session that is open, for the lease task and the command line.
+pub(super) struct OpenSession {
+    pub epoch: Epoch,
+    pub volume: VolumeInfo,
+    pub lease_until: Arc<AtomicU64>,
+    pub commands: mpsc::UnboundedSender<VolumeCommand>,
+    status: Arc<Mutex<Vec<MirrorStatus>>>,
+}
+
+impl OpenSession {
+    pub(super) fn status(&self) -> Vec<MirrorStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// How a session ended.
+enum End {
+    Closed,
+    Stopped(StopReason),
+}
+
+/// Opens the volume and serves it until it is wanted no more. Reopens it after a session that was lost.
+pub(super) async fn own(
+    shared: Arc<Shared>,
+    volume: VolumeId,
+    mut want: watch::Receiver<Want>,
+    mut views: ViewReceiver,
+) {
+    let mut told = String::new();
+    while *want.borrow_and_update() != Want::Nothing {
+        let opened = tokio::select! {
+            opened = open(&shared, volume) => opened,
+            changed = want.changed() => match changed {
+                Ok(()) => continue,
+                Err(_) => return,
+            },
+        };
+        match opened {
+            Ok(opened) => {
+                told.clear();
+                match serve(&shared, opened, &mut want, &mut views).await {
+                    End::Closed => {}
+                    End::Stopped(reason @ StopReason::MetadataIsOld { .. }) => {
+                        // Nothing but an operator can help; a new session would find the same (R8).
+                        tracing::error!(%volume, %reason, "volume not served");
+                        let _ = want.wait_for(|want| *want == Want::Nothing).await;
+                        return;
+                    }
+                    End::Stopped(StopReason::Superseded) => {}
+                }
+            }
+            Err(error) => {
+                if told != error.to_string() {
+                    tracing::warn!(%volume, %error, "volume not opened");
+                    told = error.to_string();
+                }
+            }
+        }
+        let gone = views.borrow_and_update().volume(volume).is_none();
+        if gone {
+            return;
+        }
+        let _ = tokio::time::timeout(OPEN_AGAIN, want.changed()).await;
+    }
+}
+
+async fn open(shared: &Shared, volume: VolumeId) -> Result<OpenedSession, ControlError> {
+    let request = shared.control.new_request().await?;
+    shared.control.open_session(request, volume, &shared.config.name, false).await
+}
+
+async fn serve(
+    shared: &Arc<Shared>,
+    opened: OpenedSession,
+    want: &mut watch::Receiver<Want>,
+    views: &mut ViewReceiver,
+) -> End {
+    let (id, epoch) = (opened.volume.id, opened.epoch);
+    let iqn = iqn(&opened.volume.name);
+    let (event_sender, mut events) = mpsc::unbounded_channel();
+    let (commands, command_receiver) = mpsc::unbounded_channel();
+    let (logins, login_receiver) = mpsc::unbounded_channel();
+    let (close, close_receiver) = oneshot::channel();
+    let mut close = Some(close);
+    let lease_until = Arc::new(AtomicU64::new(0));
+    let status: Arc<Mutex<Vec<MirrorStatus>>> = Arc::default();
+    let old_lease_until = match opened.old_lease_ms {
+        0 => 0,
+        ms => now_ms() + ms * (1_000 + CLOCK_DRIFT_PERMILLE) / 1_000,
+    };
+    let config = volume_config(shared, &views.borrow(), &opened, old_lease_until, &lease_until, &status);
+    tracing::info!(volume = %opened.volume.name, %epoch, old_lease_ms = opened.old_lease_ms, "session opened");
+    shared.threads.open(Open {
+        config,
+        iqn: iqn.clone(),
+        events: event_sender,
+        commands: command_receiver,
+        logins: login_receiver,
+        close: close_receiver,
+        commander: commands.clone(),
+    });
+    let session = OpenSession { epoch, volume: opened.volume.clone(), lease_until, commands: commands.clone(), status };
+    shared.sessions().insert(id, session);
+    shared.renew.notify_one();
+    shared.changed.notify_waiters();
+    let mut exported = false;
+    let mut recovering = None;
+    let mut deadline = None;
+    let end = loop {
+        let wanted = *want.borrow_and_update();
+        if exported != (wanted == Want::Export) {
+            exported = wanted == Want::Export;
+            match exported {
+                true => shared.registry.add(&iqn, logins.clone()),
+                false => shared.registry.remove(&iqn),
+            }
+        }
+        if wanted == Want::Nothing
+            && let Some(close) = close.take()
+        {
+            let _ = close.send(());
+            deadline = Some(tokio::time::Instant::now() + CLOSE_PATIENCE);
+        }
+        let asked = views.borrow_and_update().volume(id).and_then(|v| v.recover_unix_ms);
+        if asked.is_some() && asked != recovering {
+            recovering = asked;
+            let _ = commands.send(VolumeCommand::Recover);
+            tokio::spawn(finish_recovery(shared.clone(), id, epoch));
+        }
+        tokio::select! {
+            event = events.recv() => match event {
+                Some(VolumeEvent::ProposeSet { mirror, version, members, awaited }) => {
+                    let definition = opened.volume.mirrors[mirror].id;
+                    let (shared, commands) = (shared.clone(), commands.clone());
+                    tokio::spawn(async move {
+                        let decision =
+                            decide_set(&shared, id, definition, epoch, version, members, awaited, &commands).await;
+                        let _ = commands.send(VolumeCommand::SetDecided { mirror, decision });
+                    });
+                }
+                Some(VolumeEvent::Stopped(reason)) => break End::Stopped(reason),
+                Some(VolumeEvent::Closed { clean }) => {
+                    let _ = commands.send(VolumeCommand::Supersede);
+                    give_back(shared, id, epoch, clean).await;
+                    break End::Closed;
+                }
+                None => break End::Stopped(StopReason::Superseded),
+            },
+            _ = want.changed() => {}
+            () = views.changed() => {}
+            () = until(deadline) => {
+                tracing::warn!(volume = %opened.volume.name, "did not close in time");
+                let _ = commands.send(VolumeCommand::Supersede);
+                break End::Closed;
+            }
+        }
+    };
+    shared.registry.remove(&iqn);
+    shared.sessions().remove(&id);
+    end
+}
+
+async fn until(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn volume_config(
+    shared: &Shared,
+    view: &ClusterView,
+    opened: &OpenedSession,
+    old_lease_until: u64,
+    lease_until: &Arc<AtomicU64>,
+    status: &Arc<Mutex<Vec<MirrorStatus>>>,
+) -> VolumeConfig {
+    let volume = &opened.volume;
+    let chunk = u64::from(volume.chunk_size);
+    let data_addr = |node| view.members.iter().find(|m| m.id == node).map(|m| m.data_addr.clone());
+    let mirrors = volume.mirrors.iter().map(|mirror| MirrorConfig {
+        mirror: mirror.id,
+        epoch: opened.epoch,
+        blocks: mirror.size / BLOCK_SIZE,
+        chunk_blocks: chunk / BLOCK_SIZE,
+        replicas: (mirror.replicas.iter())
+            .map(|r| ReplicaDef {
+                replica: r.id,
+                node: r.node,
+                // A view from before the node registered has no address yet; the link then says so and retries.
+                data_addr: data_addr(r.node).unwrap_or_default(),
+            })
+            .collect(),
+        version: mirror.in_sync.version,
+        members: mirror.in_sync.members.clone(),
+        awaited: mirror.in_sync.awaited.clone(),
+        min_in_sync: volume.min_in_sync as usize,
+        write_cache: volume.write_cache,
+        old_lease_until,
+        hash_seed: hash_seed(),
+    });
+    VolumeConfig {
+        cluster: view.id,
+        volume: volume.id,
+        epoch: opened.epoch,
+        gateway: shared.config.name.clone(),
+        device: DeviceInfo {
+            id: volume.id.0,
+            name: volume.name.clone(),
+            bytes: volume.size,
+            chunk: volume.chunk_size,
+            write_cache: volume.write_cache,
+        },
+        stripe: Stripe { chunk, width: volume.mirrors.len() as u64 },
+        mirrors: mirrors.collect(),
+        lease_until: lease_until.clone(),
+        status: status.clone(),
+    }
+}
+
+fn hash_seed() -> [u8; 32] {
+    let mut seed = [0; 32];
+    seed[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
+    seed[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
+    seed
+}
+
+/// Asks for a set until the answer is definite: while it is in doubt the same request is repeated (R2).
+async fn decide_set(
+    shared: &Shared,
+    volume: VolumeId,
+    mirror: proto::id::MirrorId,
+    epoch: Epoch,
+    expected: SetVersion,
+    members: Vec<ReplicaId>,
+    awaited: Vec<ReplicaId>,
+    session: &mpsc::UnboundedSender<VolumeCommand>,
+) -> SetDecision {
+    let control = &shared.control;
+    let request = loop {
+        match control.new_request().await {
+            Ok(request) => break request,
+            Err(_) if session.is_closed() => return SetDecision::Superseded,
+            Err(_) => tokio::time::sleep(ASK_AGAIN).await,
+        }
+    };
+    let mut told = false;
+    loop {
+        let error = match control
+            .change_set(request, volume, mirror, epoch, expected, members.clone(), awaited.clone())
+            .await
+        {
+            Ok(set) => return SetDecision::Committed(set.version),
+            Err(error) => error,
+        };
+        match error.refusal() {
+            Some(Refusal::SetChanged { current, .. }) => {
+                return SetDecision::Refused {
+                    version: current.version,
+                    members: current.members.clone(),
+                    awaited: current.awaited.clone(),
+                };
+            }
+            Some(Refusal::Superseded { .. } | Refusal::NotFound { .. }) => return SetDecision::Superseded,
+            Some(Refusal::Forgotten { .. }) => {
+                // Decided long ago: what is committed now tells how.
+                if let Some(decision) = read_decision(shared, volume, mirror, epoch, &members, expected).await {
+                    return decision;
+                }
+            }
+            _ => {}
+        }
+        if session.is_closed() {
+            return SetDecision::Superseded;
+        }
+        if !told {
+            tracing::warn!(%volume, %mirror, %error, "in-sync set not decided yet");
+            told = true;
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+}
+
+async fn read_decision(
+    shared: &Shared,
+    volume: VolumeId,
+    mirror: proto::id::MirrorId,
+    epoch: Epoch,
+    members: &[ReplicaId],
+    expected: SetVersion,
+) -> Option<SetDecision> {
+    let status = shared.control.status(false).await.ok()?;
+    let Some(volume) = status.view.volume(volume).filter(|v| v.session.epoch == epoch) else {
+        return Some(SetDecision::Superseded);
+    };
+    let set = &volume.mirror(mirror)?.in_sync;
+    Some(if set.version == expected.next() && set.members == members {
+        SetDecision::Committed(set.version)
+    } else {
+        SetDecision::Refused { version: set.version, members: set.members.clone(), awaited: set.awaited.clone() }
+    })
+}
+
+/// Tells the cluster that the session is over, as far as it answers.
+async fn give_back(shared: &Shared, volume: VolumeId, epoch: Epoch, clean: bool) {
+    let closed = async {
+        let request = shared.control.new_request().await?;
+        shared.control.close_session(request, volume, epoch, clean).await
+    };
+    match closed.await {
+        Ok(_) => tracing::info!(%volume, %epoch, clean, "session closed"),
+        Err(error) => tracing::warn!(%volume, %epoch, %error, "session not closed"),
+    }
+}
+
+/// Takes the operator's request back once it has been carried out: every mirror serves.
+async fn finish_recovery(shared: Arc<Shared>, volume: VolumeId, epoch: Epoch) {
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let serving = match shared.sessions().get(&volume) {
+            Some(session) if session.epoch == epoch => session.status().iter().all(|m| m.waits.is_none()),
+            _ => return,
+        };
+        if !serving {
+            continue;
+        }
+        let done = async {
+            let request = shared.control.new_request().await?;
+            shared.control.finish_recovery(request, volume, epoch).await
+        };
+        match done.await {
+            Ok(_) => return,
+            Err(error) if error.refusal().is_some() => return,
+            Err(_) => {}
+        }
+    }
+}
