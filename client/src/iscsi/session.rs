@@ -291,7 +291,7 @@ impl Session {
             }
         };
         let (cmd_sn, immediate) = match &request {
-            Request::DataOut(data) => return self.data_out(&bhs, *data, pdu, out),
+            Request::DataOut(data) => return self.data_out(*data, pdu, out),
             Request::Snack { .. } => return self.reject(reject::SNACK, &bhs, out),
             Request::Login(_) => {
                 self.reject(reject::PROTOCOL, &bhs, out);
@@ -397,6 +397,12 @@ impl Session {
             Start::Reply(Reply::check(Sense::in_cdb(0))) // bidirectional commands: we have none
         } else {
             unit::start(&command.cdb, command.lun, &mut self.nexus, &self.info, &self.iqn)
+        };
+        let start = match start {
+            Start::Run(operation) if operation.is_exact() && command.expected_len > operation.data_out() => {
+                Start::Reply(Reply::check(Sense::PARAMETER_LENGTH))
+            }
+            start => start,
         };
         let mut task = match start {
             Start::Reply(reply) => Task::new(command, None, Some(reply)),
@@ -560,48 +566,53 @@ impl Session {
         }
     }
 
-    fn data_out(&mut self, bhs: &Bhs, data: request::DataOut, pdu: Pdu, out: &mut Outputs) {
+    fn data_out(&mut self, data: request::DataOut, pdu: Pdu, out: &mut Outputs) {
         // For a command that is answered or aborted: the initiator could not know. Dropped.
         let Some(&tag) = self.by_itt.get(&data.itt) else { return };
         let task = self.tasks.get_mut(&tag).expect("indexed");
-        let len = bhs.data_len() as u32;
-        let ok = if data.ttt == NO_TAG {
+        let len = pdu.bhs.data_len() as u32;
+        let checked = if data.ttt == NO_TAG {
             // §4.2.5.2: in order, within the first burst and the expected length.
             let limit = self.parameters.first_burst.min(task.command.expected_len);
-            let ok = task.more_unsolicited
-                && data.offset == task.unsolicited
-                && data.data_sn == task.data_sn
-                && u64::from(task.unsolicited) + u64::from(len) <= u64::from(limit);
-            if ok {
+            if !task.more_unsolicited {
+                Err(Sense::UNSOLICITED_DATA)
+            } else if data.offset != task.unsolicited || data.data_sn != task.data_sn {
+                Err(Sense::DATA_LOST)
+            } else if u64::from(task.unsolicited) + u64::from(len) > u64::from(limit) {
+                Err(Sense::DATA_AMOUNT)
+            } else {
                 task.unsolicited += len;
                 task.data_sn += 1;
                 task.more_unsolicited = !data.last;
+                Ok(())
             }
-            ok
         } else {
             match task.r2ts.front_mut() {
-                Some(r2t) => {
+                Some(r2t) if r2t.ttt == data.ttt => {
                     let end = u64::from(r2t.received) + u64::from(len);
-                    let ok = r2t.ttt == data.ttt
-                        && data.offset == r2t.offset + r2t.received
-                        && data.data_sn == r2t.data_sn
-                        && end <= u64::from(r2t.len)
-                        && data.last == (end == u64::from(r2t.len));
-                    if ok {
+                    if data.offset != r2t.offset + r2t.received || data.data_sn != r2t.data_sn {
+                        Err(Sense::DATA_LOST)
+                    } else if end > u64::from(r2t.len) || data.last != (end == u64::from(r2t.len)) {
+                        Err(Sense::DATA_AMOUNT)
+                    } else {
                         r2t.received += len;
                         r2t.data_sn += 1;
                         if data.last {
                             task.r2ts.pop_front();
                         }
+                        Ok(())
                     }
-                    ok
                 }
-                None => task.phase == Phase::Aborting,
+                _ => Err(Sense::UNSOLICITED_DATA),
             }
         };
-        if !ok {
-            self.reject(reject::PROTOCOL, bhs, out);
-            out.close = Some(End::Protocol("write data out of order or out of bounds"));
+        if let Err(sense) = checked {
+            // §7.9: the command fails, and what else comes for it is dropped. One that has all its data, and is with
+            // the device, goes on.
+            if matches!(task.phase, Phase::Waiting | Phase::Collecting) {
+                self.finish(tag, Reply::check(sense), out);
+                self.settle(out);
+            }
             return;
         }
         if pdu.bhs.data_len() > 0 {

@@ -55,6 +55,8 @@ pub struct Task {
     pub lent: bool,
     /// Bytes of write data that are used: the lesser of what the command needs and the initiator announced.
     pub wanted: u32,
+    /// Bytes of write data that the command needs, whatever the initiator announced.
+    pub needed: u32,
     /// Bytes of unsolicited data that have come, immediate data included.
     pub unsolicited: u32,
     /// Whether unsolicited Data-Outs are still to come.
@@ -85,6 +87,7 @@ impl Task {
             data: BytesMut::new(),
             lent: false,
             wanted,
+            needed: out,
             unsolicited: 0,
             more_unsolicited: command.write && !command.last,
             data_sn: 0,
@@ -142,12 +145,12 @@ impl Task {
         let command = &self.command;
         let good = reply.status == status::GOOD;
         // §11.4.5: the residual compares what was expected with what the command had to transfer.
-        let real = match (&self.operation, good) {
-            (Some(operation), true) if operation.data_out() > 0 || self.wanted > 0 => {
-                u64::from(operation.data_out()).max(self.wanted.into())
-            }
-            (_, false) if command.write => u64::from(self.unsolicited.max(self.solicited).min(command.expected_len)),
-            _ => reply.len(),
+        let real = if good && self.needed > 0 {
+            u64::from(self.needed)
+        } else if !good && command.write {
+            u64::from(self.unsolicited.max(self.solicited).min(command.expected_len))
+        } else {
+            reply.len()
         };
         let expected = if command.read || command.write { command.expected_len } else { 0 };
         let residual = Residual::of(expected, real);

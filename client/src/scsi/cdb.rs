@@ -53,6 +53,7 @@ pub const COMMANDS: &[Row] = &[
     row(0x8f, &[0x8f, 0x16, F, F, F, F, F, F, F, F, F, F, F, F, 0x3f, 0]), // VERIFY (16)
     row(0x91, &[0x91, 0x06, F, F, F, F, F, F, F, F, F, F, F, F, 0x3f, 0]), // SYNCHRONIZE CACHE (16)
     row(0x93, &[0x93, 0x1f, F, F, F, F, F, F, F, F, F, F, F, F, 0x3f, 0]), // WRITE SAME (16)
+    action(0x9e, 0x12, &[0x9e, 0x12, F, F, F, F, F, F, F, F, F, F, F, F, 0, 0]), // GET LBA STATUS
     action(0x9e, 0x10, &[0x9e, 0x10, F, F, F, F, F, F, F, F, F, F, F, F, 0x01, 0]), // READ CAPACITY (16)
     row(0xa0, &[0xa0, 0, F, 0, 0, 0, F, F, F, F, 0, 0]), // REPORT LUNS
     action(0xa3, 0x0c, &[0xa3, 0x0c, 0x87, F, F, F, F, F, F, F, 0, 0]), // REPORT SUPPORTED OPERATION CODES
@@ -104,6 +105,8 @@ pub enum Command {
     ReadCapacity10,
     /// READ CAPACITY (16).
     ReadCapacity16 { allocation: u32 },
+    /// GET LBA STATUS.
+    GetLbaStatus { lba: u64, allocation: u32 },
     /// READ.
     Read { extent: Extent },
     /// WRITE.
@@ -228,6 +231,7 @@ impl Command {
                 }
                 Command::Unmap { len: u16_at(7) }
             }
+            0x9e if cdb[1] & 0x1f == 0x12 => Command::GetLbaStatus { lba: extent.lba, allocation: extent.count },
             0x9e => Command::ReadCapacity16 { allocation: u32_at(10) },
             0xa0 => Command::ReportLuns { select: cdb[2], allocation: u32_at(6) },
             0xa3 if cdb[1] & 0x1f == 0x0c => Command::ReportOpcodes {
@@ -270,7 +274,7 @@ mod tests {
             (&[0xa8, 0, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0], Ok(Command::Read { extent: extent(4, 5) })),
             (&[0x2f, 0x04, 0, 0, 0, 0, 0, 0, 1, 0], Err(Sense::in_cdb(1))),
             (&[0x42, 1, 0, 0, 0, 0, 0, 0, 24, 0], Err(Sense::in_cdb(1))),
-            (&[0x9e, 0x11], Err(Sense::in_cdb(1))),
+            (&[0x9e, 0x13], Err(Sense::in_cdb(1))),
             (&[0x37, 0], Err(Sense::INVALID_OPCODE)),
             (&[0x12, 0, 0x80, 0, 96, 0], Err(Sense::in_cdb(2))),
         ] {

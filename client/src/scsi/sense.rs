@@ -66,6 +66,10 @@ impl Sense {
     pub const MISCOMPARE: Sense = Sense::new(Key::Miscompare, 0x1d00);
     /// UNEXPECTED UNSOLICITED DATA, as RFC 7143 §11.4.7.2 has it.
     pub const UNSOLICITED_DATA: Sense = Sense::new(Key::AbortedCommand, 0x0c0c);
+    /// INCORRECT AMOUNT OF DATA, as RFC 7143 §11.4.7.2 has it.
+    pub const DATA_AMOUNT: Sense = Sense::new(Key::AbortedCommand, 0x0c0d);
+    /// PROTOCOL SERVICE CRC ERROR: data that did not come (RFC 7143 §11.4.7.2).
+    pub const DATA_LOST: Sense = Sense::new(Key::AbortedCommand, 0x4705);
     /// POWER ON, RESET, OR BUS DEVICE RESET OCCURRED: what a new nexus begins with.
     pub const NEW_NEXUS: Sense = Sense::new(Key::UnitAttention, 0x2900);
     /// POWER ON OCCURRED.

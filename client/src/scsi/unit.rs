@@ -13,12 +13,12 @@ use crate::block::{BlockOutcome, BlockRequest, DeviceInfo, DeviceState, SECTOR};
 /// The most blocks that READ, WRITE, WRITE AND VERIFY and comparing VERIFY take: 4 MiB. Longer ones are refused
 /// (VPD B0h tells initiators).
 pub const MAX_TRANSFER_BLOCKS: u32 = 8192;
-/// The most blocks that one UNMAP takes, all descriptors together: 2 GiB.
-pub const MAX_UNMAP_BLOCKS: u32 = 4 * 1024 * 1024;
+/// The most blocks that one UNMAP takes, all descriptors together: 512 MiB.
+pub const MAX_UNMAP_BLOCKS: u32 = 1024 * 1024;
 /// The most descriptors that one UNMAP takes.
 pub const MAX_UNMAP_DESCRIPTORS: u32 = 256;
-/// The most blocks that one WRITE SAME takes: 1 GiB.
-pub const MAX_WRITE_SAME_BLOCKS: u32 = 2 * 1024 * 1024;
+/// The most blocks that one WRITE SAME takes: not quite 32 MiB, since a pattern is written in full.
+pub const MAX_WRITE_SAME_BLOCKS: u32 = 65_528;
 /// Logical blocks in a physical one: the device works in 4 KiB.
 pub const BLOCKS_PER_PHYSICAL: u32 = 8;
 /// VERIFY reads, and WRITE SAME writes a pattern, in pieces of so many bytes.
@@ -235,6 +235,19 @@ fn begin(command: Command, info: &DeviceInfo) -> Result<Start, Sense> {
             data.resize(32, 0);
             done(data, allocation)
         }
+        Command::GetLbaStatus { lba, allocation } => {
+            if lba >= blocks {
+                return Err(Sense::LBA_OUT_OF_RANGE);
+            }
+            // One descriptor of "mapped, or unknown" (SBC-4 §5.7.2.2): the device is not asked what it has allocated.
+            // qemu asks for this, and complains to its user where it is refused.
+            let mut data = vec![0; 24];
+            data[3] = 20;
+            data[8..16].copy_from_slice(&lba.to_be_bytes());
+            let count = u32::try_from(blocks - lba).unwrap_or(u32::MAX);
+            data[16..20].copy_from_slice(&count.to_be_bytes());
+            done(data, allocation)
+        }
         Command::Read { extent } => {
             transfer(extent)?;
             run(Kind::Read(extent))
@@ -348,6 +361,12 @@ impl Operation {
             Kind::WriteSame { no_data: false, .. } => SECTOR as u32,
             _ => 0,
         }
+    }
+
+    /// Whether the initiator must announce exactly [`data_out`](Self::data_out) bytes. Others may announce more, which
+    /// is a residual.
+    pub fn is_exact(&self) -> bool {
+        matches!(self.kind, Kind::WriteSame { .. })
     }
 
     /// Bytes that the initiator will be sent, if all goes well.
