@@ -607,7 +607,8 @@ mod tests {
 
     #[test]
     fn logins_are_refused_with_the_status_that_says_why() {
-        let table: &[(fn(&mut request::Login), &str, u16)] = &[
+        type Row<'a> = (fn(&mut request::Login), &'a str, u16);
+        let table: &[Row] = &[
             (|_| (), NAMES, 0),
             (|_| (), "InitiatorName=iqn.x:i\0TargetName=iqn.other\0", status::NOT_FOUND),
             (|_| (), "TargetName=iqn.2026-11.io.md99:tank\0", status::MISSING_PARAMETER),

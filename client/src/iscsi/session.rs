@@ -881,3 +881,319 @@ pub fn send_target(text: &mut Outgoing, iqn: &str, portal: &str) {
     text.pair("TargetName", iqn);
     text.pair("TargetAddress", &format!("{portal},{}", super::PORTAL_GROUP_TAG));
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+
+    use super::super::login::Identity;
+    use super::super::pdu::BHS_LEN;
+    use super::super::pdu::response::DataIn;
+    use super::super::pdu::wire::{Digests, Receiver};
+    use super::*;
+    use proptest::prelude::*;
+
+    struct Bench {
+        session: Session,
+        out: Outputs,
+        now: Instant,
+    }
+
+    fn bench() -> Bench {
+        let parameters = Parameters {
+            initial_r2t: false,
+            max_burst: 8192,
+            first_burst: 4096,
+            max_send_segment: 4096,
+            max_outstanding_r2t: 2,
+            ..Parameters::default()
+        };
+        let identity =
+            Identity { initiator: "iqn.x:i".into(), alias: String::new(), isid: [0; 6], target: None, cid: 7 };
+        let agreed = Agreed { identity, parameters, cmd_sn: CmdSn(0xffff_fff0), stat_sn: 10 };
+        let info =
+            DeviceInfo { id: uuid::Uuid::nil(), name: "t".into(), bytes: 1 << 30, chunk: 65536, write_cache: true };
+        let state = DeviceState { power_on: 0, capacity: 0, gone: false };
+        let now = Instant::now();
+        let session = Session::new(&agreed, "iqn.t", "127.0.0.1:1".into(), info, state, now);
+        let out = Outputs {
+            requests: vec![],
+            aborts: vec![],
+            others: vec![],
+            cleared: vec![],
+            wire: Sender::new(Digests::default()),
+            close: None,
+        };
+        let mut bench = Bench { session, out, now };
+        // Take the unit attention of the new nexus.
+        bench.command(CmdSn(0xffff_fff0), 0xff, &[0], 0, true);
+        bench.sent();
+        bench
+    }
+
+    impl Bench {
+        fn give(&mut self, request: Request, data: &[u8]) {
+            let mut bhs = request.encode();
+            bhs.set_data_len(data.len());
+            let mut wire = Sender::new(Digests::default());
+            wire.push(bhs, [Bytes::copy_from_slice(data)]);
+            let mut receiver = Receiver::new(bytes_of(&mut wire), Digests::default(), 1 << 20);
+            let session = &mut self.session;
+            let pdu = receiver.next(|bhs| session.place(bhs)).unwrap().unwrap();
+            self.session.receive(self.now, pdu, &mut self.out);
+        }
+
+        fn command(&mut self, cmd_sn: CmdSn, itt: u32, cdb: &[u8], expected_len: u32, read: bool) {
+            self.command_with(cmd_sn, itt, cdb, expected_len, read, &[], true);
+        }
+
+        fn command_with(
+            &mut self,
+            cmd_sn: CmdSn,
+            itt: u32,
+            cdb: &[u8],
+            expected_len: u32,
+            read: bool,
+            data: &[u8],
+            last: bool,
+        ) {
+            let mut padded = [0; 16];
+            padded[..cdb.len()].copy_from_slice(cdb);
+            let command = request::Command {
+                immediate: false,
+                last,
+                read: read && expected_len > 0,
+                write: !read,
+                attribute: 1,
+                lun: 0,
+                itt,
+                expected_len,
+                cmd_sn,
+                exp_stat_sn: 0,
+                cdb: padded,
+            };
+            self.give(Request::Command(command), data);
+        }
+
+        fn data_out(&mut self, itt: u32, ttt: u32, data_sn: u32, offset: u32, data: &[u8], last: bool) {
+            let request = request::DataOut { last, lun: 0, itt, ttt, exp_stat_sn: 0, data_sn, offset };
+            self.give(Request::DataOut(request), data);
+        }
+
+        /// What was sent since the last call.
+        fn sent(&mut self) -> Vec<Response> {
+            let mut receiver = Receiver::new(bytes_of(&mut self.out.wire), Digests::default(), 1 << 20);
+            let mut sent = Vec::new();
+            while let Some(pdu) = receiver.next(|_| BytesMut::new()).unwrap() {
+                sent.push(Response::decode(&pdu.bhs).unwrap());
+            }
+            self.session.written(&mut self.out);
+            sent
+        }
+    }
+
+    fn bytes_of(wire: &mut Sender) -> BytesMut {
+        let mut all = BytesMut::new();
+        while !wire.is_empty() {
+            let mut slices = [IoSlice::new(&[]); 16];
+            let n = wire.slices(&mut slices);
+            let before = all.len();
+            slices[..n].iter().for_each(|slice| all.extend_from_slice(slice));
+            wire.advance(all.len() - before);
+        }
+        all
+    }
+
+    fn sn(n: u32) -> CmdSn {
+        CmdSn(0xffff_fff1).plus(n)
+    }
+
+    const READ: [u8; 10] = [0x28, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+
+    #[test]
+    fn commands_run_in_order_of_cmd_sn_and_outside_the_window_not_at_all() {
+        let mut b = bench();
+        b.command(sn(1), 2, &READ, 512, true);
+        assert!(b.out.requests.is_empty(), "it waits for the one before it");
+        b.command(sn(0), 1, &READ, 512, true);
+        assert_eq!(b.out.requests.len(), 2);
+        b.command(sn(0), 3, &READ, 512, true);
+        b.command(sn(WINDOW), 4, &READ, 512, true);
+        assert_eq!(b.out.requests.len(), 2, "one is behind the window, one beyond it");
+        let (exp, max) = b.session.window();
+        assert_eq!((exp, max), (sn(2), sn(WINDOW - 1)));
+        let tag = b.out.requests[0].0;
+        b.session.complete(tag, BlockOutcome::Done(vec![vec![0; 512].into()]), &mut b.out);
+        let sent = b.sent();
+        assert_eq!(sent[0].max_cmd_sn, sn(WINDOW), "the answer itself opens the window");
+    }
+
+    #[test]
+    fn the_window_is_closed_by_commands_that_wait_and_never_goes_back() {
+        let mut b = bench();
+        let (_, mut max) = b.session.window();
+        for n in 0..WINDOW + 5 {
+            b.command(sn(n), n, &READ, 512, true);
+            let (_, now) = b.session.window();
+            assert!(now.ahead_of(max).is_some());
+            max = now;
+        }
+        assert_eq!(b.out.requests.len(), WINDOW as usize);
+        let (exp, max) = b.session.window();
+        assert_eq!(max, exp.minus(1), "closed");
+    }
+
+    #[test]
+    fn read_data_is_cut_at_segments_and_bursts_and_the_last_carries_the_status() {
+        let mut b = bench();
+        let mut cdb = READ;
+        cdb[8] = 20; // 10240 bytes
+        b.command(sn(0), 1, &cdb, 10240, true);
+        let tag = b.out.requests[0].0;
+        let pieces = vec![Bytes::from(vec![1; 1000]), Bytes::from(vec![2; 9240])];
+        b.session.complete(tag, BlockOutcome::Done(pieces), &mut b.out);
+        let shape: Vec<(u32, bool, bool)> = b
+            .sent()
+            .iter()
+            .map(|r| match r.body {
+                Body::DataIn(DataIn { offset, last, status, .. }) => (offset, last, status.is_some()),
+                body => panic!("{body:?}"),
+            })
+            .collect();
+        assert_eq!(shape, [(0, false, false), (4096, true, false), (8192, true, true)]);
+    }
+
+    #[test]
+    fn write_data_comes_immediate_unsolicited_and_by_r2t() {
+        let mut b = bench();
+        let cdb = [0x2a, 0, 0, 0, 0, 0, 0, 0, 48, 0]; // 24576 bytes
+        b.command_with(sn(0), 1, &cdb, 24576, false, &[1; 1024], false);
+        assert!(b.sent().is_empty(), "unsolicited data is still to come");
+        b.data_out(1, NO_TAG, 0, 1024, &[1; 3072], true);
+        let r2ts: Vec<(u32, u32, u32)> = b
+            .sent()
+            .iter()
+            .map(|r| match r.body {
+                Body::R2t { ttt, offset, len, .. } => (ttt, offset, len),
+                body => panic!("{body:?}"),
+            })
+            .collect();
+        assert_eq!(r2ts.iter().map(|r| (r.1, r.2)).collect::<Vec<_>>(), [(4096, 8192), (12288, 8192)]);
+        b.data_out(1, r2ts[0].0, 0, 4096, &[2; 4096], false);
+        b.data_out(1, r2ts[0].0, 1, 8192, &[3; 4096], true);
+        let Body::R2t { ttt, offset: 20480, len: 4096, r2t_sn: 2, .. } = b.sent()[0].body else { panic!("no R2T") };
+        b.data_out(1, r2ts[1].0, 0, 12288, &[4; 8192], true);
+        b.data_out(1, ttt, 0, 20480, &[5; 4096], true);
+        let Some((_, BlockRequest::Write { offset: 0, data, fua: false })) = b.out.requests.pop() else {
+            panic!("no write")
+        };
+        let mut expected = vec![1; 4096];
+        for byte in [2, 3, 4, 4, 5] {
+            expected.extend(vec![byte; 4096]);
+        }
+        assert_eq!(data, expected);
+    }
+
+    #[test]
+    fn write_data_out_of_order_fails_its_command_alone() {
+        let mut b = bench();
+        let cdb = [0x2a, 0, 0, 0, 0, 0, 0, 0, 8, 0];
+        b.command_with(sn(0), 1, &cdb, 4096, false, &[], false);
+        b.data_out(1, NO_TAG, 5, 0, &[0; 512], false);
+        let sent = b.sent();
+        assert!(matches!(sent[0].body, Body::Command { status: 2, .. }), "{sent:?}");
+        b.data_out(1, NO_TAG, 6, 512, &[0; 512], true);
+        assert!(b.sent().is_empty() && b.out.close.is_none() && b.session.is_drained());
+    }
+
+    #[test]
+    fn an_unknown_opcode_is_rejected_and_ends_the_connection() {
+        let mut b = bench();
+        let mut bhs = Bhs::new(0x1f);
+        bhs.0[16] = 9;
+        let pdu = Pdu { bhs, ahs: Bytes::new(), data: BytesMut::new(), start: 0, digest_ok: true };
+        b.session.receive(b.now, pdu, &mut b.out);
+        assert!(matches!(b.sent()[0].body, Body::Reject { reason: 5 }));
+        assert!(matches!(b.out.close, Some(End::Protocol(_))));
+    }
+
+    #[test]
+    fn a_silent_initiator_is_pinged_and_then_given_up() {
+        let mut b = bench();
+        b.session.tick(b.now + PING_AFTER / 2, &mut b.out);
+        assert!(b.sent().is_empty());
+        let pinged = b.now + PING_AFTER;
+        b.session.tick(pinged, &mut b.out);
+        let Body::NopIn { itt: NO_TAG, ttt, .. } = b.sent()[0].body else { panic!("no ping") };
+        let nop = request::NopOut { immediate: true, lun: 0, itt: NO_TAG, ttt, cmd_sn: sn(0), exp_stat_sn: 0 };
+        b.now = pinged;
+        b.give(Request::NopOut(nop), &[]);
+        b.session.tick(pinged + PING_TIMEOUT, &mut b.out);
+        assert!(b.out.close.is_none(), "it answered, so it is pinged anew");
+        b.session.tick(pinged + PING_TIMEOUT + PING_TIMEOUT, &mut b.out);
+        assert_eq!(b.out.close, Some(End::Silent));
+    }
+
+    #[test]
+    fn a_logout_is_answered_after_the_commands_it_ends() {
+        let mut b = bench();
+        b.command(sn(0), 1, &READ, 512, true);
+        let tag = b.out.requests[0].0;
+        let logout = request::Logout { immediate: true, reason: 0, itt: 2, cid: 7, cmd_sn: sn(1), exp_stat_sn: 0 };
+        b.give(Request::Logout(logout), &[]);
+        assert_eq!(b.out.aborts, [tag]);
+        assert!(b.sent().is_empty());
+        b.session.complete(tag, BlockOutcome::Aborted, &mut b.out);
+        assert!(matches!(b.sent()[..], [Response { body: Body::Logout { response: 0, .. }, .. }]));
+        assert_eq!(b.out.close, Some(End::Logout));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_pdus_never_panic_and_every_request_is_accounted_for(
+            pdus in proptest::collection::vec(
+                (0usize..8, proptest::collection::vec(any::<u8>(), BHS_LEN), 0usize..3000, 0u32..4), 1..60)
+        ) {
+            let mut b = bench();
+            let mut submitted = 0usize;
+            let mut completed = 0usize;
+            for (kind, bytes, len, near) in pdus {
+                let mut bhs = Bhs([0; BHS_LEN]);
+                bhs.0.copy_from_slice(&bytes);
+                bhs.0[0] = [0x00, 0x01, 0x01, 0x01, 0x05, 0x02, 0x42, 0x04][kind];
+                bhs.0[4] = 0;
+                bhs.put_u32(16, near);
+                bhs.put_u32(24, b.session.window().0.0);
+                if kind < 4 && kind > 0 {
+                    bhs.0[32] = [0x2a, 0x28, 0x2f, 0x93][near as usize];
+                    bhs.0[33] = 0;
+                    bhs.put(34, &[0, 0, 0, bytes[37], 0, 0, bytes[40] & 15, 0]);
+                    bhs.put_u32(20, u32::from(bytes[21]) * 64);
+                }
+                bhs.set_data_len(len);
+                let mut data = b.session.place(&bhs);
+                let start = data.len();
+                data.extend_from_slice(&vec![0; len]);
+                let pdu = Pdu { bhs, ahs: Bytes::new(), data, start, digest_ok: true };
+                b.session.receive(b.now, pdu, &mut b.out);
+                b.sent();
+                submitted += b.out.requests.len();
+                for (i, (tag, request)) in std::mem::take(&mut b.out.requests).into_iter().enumerate() {
+                    if i % 2 == 0 {
+                        completed += 1;
+                        let pieces = match request {
+                            BlockRequest::Read { len, .. } => vec![Bytes::from(vec![0; len as usize])],
+                            _ => vec![],
+                        };
+                        b.session.complete(tag, BlockOutcome::Done(pieces), &mut b.out);
+                    }
+                }
+                if b.out.close.is_some() {
+                    break;
+                }
+            }
+            b.sent();
+            prop_assert!(completed <= submitted);
+        }
+    }
+}

@@ -66,7 +66,7 @@ fn identification(info: &DeviceInfo, iqn: &str) -> Vec<u8> {
     }
     let id = info.id.as_u128();
     // NAA 3h, locally assigned: we own no IEEE company id. 60 bits of the volume's random UUID.
-    let naa = 3 << 60 | (id as u64 ^ (id >> 64) as u64) & (1 << 60) - 1;
+    let naa = 3 << 60 | (id as u64 ^ (id >> 64) as u64) & ((1 << 60) - 1);
     let mut vendor = VENDOR.to_vec();
     vendor.extend(info.id.simple().to_string().bytes());
     // SCSI name string: UTF-8, NUL-terminated, padded to four bytes.
