@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 
 use super::pdu::wire::Receiver;
-use super::session::{Clear, End, Outputs, Session};
+use super::session::{Clear, End, IscsiSession, Outputs};
 use crate::block::{BlockDevice, BlockOutcome, CompletionSink, DeviceState};
 
 /// Bytes that wait to be written at which no more is read: an initiator that does not read is not listened to.
@@ -79,7 +79,7 @@ impl CompletionSink for Inbox {
 pub(super) struct Connection<'a> {
     pub(super) stream: TcpStream,
     pub(super) receiver: Receiver,
-    pub(super) session: Session,
+    pub(super) session: IscsiSession,
     pub(super) out: Outputs,
     pub(super) inbox: Rc<Inbox>,
     pub(super) device: Rc<dyn BlockDevice>,
@@ -107,7 +107,9 @@ impl Connection<'_> {
                     self.session.update(self.device.info(), now);
                 }
                 () = tokio::time::sleep_until(deadline) => {
-                    self.session.tick(Instant::now(), &mut self.out);
+                    if self.session.tick(Instant::now(), &mut self.out) {
+                        break self.out.close.unwrap_or(End::Silent);
+                    }
                 }
             }
         };
@@ -260,7 +262,7 @@ impl Connection<'_> {
 }
 
 fn clear_for(
-    session: &mut Session,
+    session: &mut IscsiSession,
     clear: Clear,
     token: Rc<Token>,
     cleared: &mut Vec<(u64, Rc<Token>)>,

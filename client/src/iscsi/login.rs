@@ -112,7 +112,7 @@ pub struct Identity {
     pub alias: String,
     /// Initiator part of the session id.
     pub isid: [u8; 6],
-    /// TargetName; `None` for a discovery session.
+    /// TargetName; `None` for a discovery session, whatever the initiator said.
     pub target: Option<String>,
     /// Connection id.
     pub cid: u16,
@@ -294,6 +294,9 @@ impl Login {
         }
         let mut parameters = self.parameters.clone();
         parameters.first_burst = parameters.first_burst.min(parameters.max_burst);
+        if self.discovery {
+            self.identity.target = None;
+        }
         let agreed =
             Agreed { identity: self.identity.clone(), parameters, cmd_sn: request.cmd_sn, stat_sn: self.stat_sn };
         Next::Agreed(response, segment, Box::new(agreed))

@@ -139,7 +139,7 @@ struct TextExchange {
 }
 
 /// A session in full-feature phase.
-pub struct Session {
+pub struct IscsiSession {
     iqn: String,
     portal: String,
     cid: u16,
@@ -173,10 +173,10 @@ pub struct Session {
     pinged: Option<Instant>,
 }
 
-impl Session {
+impl IscsiSession {
     /// A session as it was agreed at login. `portal` is the address that the initiator connected to.
     pub fn new(agreed: &Agreed, iqn: &str, portal: String, info: DeviceInfo, state: DeviceState, now: Instant) -> Self {
-        Session {
+        IscsiSession {
             iqn: iqn.to_owned(),
             portal,
             cid: agreed.identity.cid,
@@ -808,22 +808,27 @@ impl Session {
         }
     }
 
-    /// Time has passed: pings an idle initiator, gives a silent one up.
-    pub fn tick(&mut self, now: Instant, out: &mut Outputs) {
-        if now < self.deadline() || self.closing {
-            return;
+    /// Time has passed: pings an idle initiator. True says that a silent one is to be given up, whatever could still be
+    /// written to it.
+    #[must_use]
+    pub fn tick(&mut self, now: Instant, out: &mut Outputs) -> bool {
+        if now < self.deadline() {
+            return false;
         }
         if self.pinged.is_some() {
-            out.close = out.close.or(Some(End::Silent));
-            return;
+            return true;
         }
         self.pinged = Some(now);
+        if self.closing || out.close.is_some() {
+            return false;
+        }
         let ttt = self.next_ttt;
         self.next_ttt = match self.next_ttt.wrapping_add(1) {
             NO_TAG => 1,
             next => next,
         };
         self.send(Body::NopIn { lun: 0, itt: NO_TAG, ttt }, [], false, out);
+        false
     }
 
     fn text(&mut self, bhs: &Bhs, text: request::Text, segment: &[u8], out: &mut Outputs) {
@@ -894,7 +899,7 @@ mod tests {
     use proptest::prelude::*;
 
     struct Bench {
-        session: Session,
+        session: IscsiSession,
         out: Outputs,
         now: Instant,
     }
@@ -915,7 +920,7 @@ mod tests {
             DeviceInfo { id: uuid::Uuid::nil(), name: "t".into(), bytes: 1 << 30, chunk: 65536, write_cache: true };
         let state = DeviceState { power_on: 0, capacity: 0, gone: false };
         let now = Instant::now();
-        let session = Session::new(&agreed, "iqn.t", "127.0.0.1:1".into(), info, state, now);
+        let session = IscsiSession::new(&agreed, "iqn.t", "127.0.0.1:1".into(), info, state, now);
         let out = Outputs {
             requests: vec![],
             aborts: vec![],
@@ -1120,18 +1125,16 @@ mod tests {
     #[test]
     fn a_silent_initiator_is_pinged_and_then_given_up() {
         let mut b = bench();
-        b.session.tick(b.now + PING_AFTER / 2, &mut b.out);
+        assert!(!b.session.tick(b.now + PING_AFTER / 2, &mut b.out));
         assert!(b.sent().is_empty());
         let pinged = b.now + PING_AFTER;
-        b.session.tick(pinged, &mut b.out);
+        assert!(!b.session.tick(pinged, &mut b.out));
         let Body::NopIn { itt: NO_TAG, ttt, .. } = b.sent()[0].body else { panic!("no ping") };
         let nop = request::NopOut { immediate: true, lun: 0, itt: NO_TAG, ttt, cmd_sn: sn(0), exp_stat_sn: 0 };
         b.now = pinged;
         b.give(Request::NopOut(nop), &[]);
-        b.session.tick(pinged + PING_TIMEOUT, &mut b.out);
-        assert!(b.out.close.is_none(), "it answered, so it is pinged anew");
-        b.session.tick(pinged + PING_TIMEOUT + PING_TIMEOUT, &mut b.out);
-        assert_eq!(b.out.close, Some(End::Silent));
+        assert!(!b.session.tick(pinged + PING_TIMEOUT, &mut b.out), "it answered, so it is pinged anew");
+        assert!(b.session.tick(pinged + PING_TIMEOUT + PING_TIMEOUT, &mut b.out));
     }
 
     #[test]

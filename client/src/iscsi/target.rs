@@ -14,7 +14,7 @@ use super::login::status;
 use super::pdu::response::Body;
 use super::pdu::wire::{Digests, Receiver, Sender};
 use super::server::LoggedIn;
-use super::session::{Clear, End, Outputs, Session};
+use super::session::{Clear, End, IscsiSession, Outputs};
 use crate::block::BlockDevice;
 
 /// Sessions of one target, those included that wait for an older one to end. A login beyond it is refused with "out
@@ -159,7 +159,7 @@ impl Target {
         if let Some(entry) = self.sessions.borrow_mut().get_mut(&id) {
             entry.waits = false;
         }
-        let session = Session::new(
+        let session = IscsiSession::new(
             &agreed,
             &self.iqn,
             local.to_string(),
