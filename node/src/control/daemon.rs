@@ -14,7 +14,7 @@ use proto::pb::admin_server::AdminServer;
 use proto::pb::control_server::ControlServer;
 use proto::pb::raft_server::RaftServer;
 use rustix::fs::{FlockOperation, flock};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
@@ -176,7 +176,8 @@ async fn run_locked(
     let known = identity(&config)?;
     let (init, mut inits) = mpsc::channel(1);
     let services = Services::new(config.clone(), init);
-    let mut server = Abort(serve(&config, listeners.control, services.clone())?);
+    let (close, closed) = oneshot::channel();
+    let mut server = Abort(serve(&config, listeners.control, services.clone(), closed)?);
     tokio::pin!(shutdown);
 
     let (definition, tell) = match known {
@@ -225,9 +226,13 @@ async fn run_locked(
     handle.stop().await;
     // A log that hangs must not keep the process: whatever is not written was not promised to anybody.
     match tokio::time::timeout(Duration::from_secs(5), task).await {
-        Ok(ended) => Ok(joined(ended)?),
-        Err(_) => Ok(()),
+        Ok(ended) => joined(ended)?,
+        Err(_) => tracing::warn!(member = %config.name, "stops though its log is still being written"),
     }
+    // Connections are told, so that nobody goes on asking a member that has ended.
+    let _ = close.send(());
+    let _ = tokio::time::timeout(Duration::from_millis(500), &mut server.0).await;
+    Ok(())
 }
 
 async fn serve_replicas(
@@ -272,7 +277,12 @@ fn joined<T>(ended: Result<T, tokio::task::JoinError>) -> T {
     }
 }
 
-fn serve(config: &NodeConfig, listener: TcpListener, services: Services) -> Result<JoinHandle<Served>, DaemonError> {
+fn serve(
+    config: &NodeConfig,
+    listener: TcpListener,
+    services: Services,
+    closed: oneshot::Receiver<()>,
+) -> Result<JoinHandle<Served>, DaemonError> {
     let listen = |source| DaemonError::Listen { name: config.name.clone(), addr: config.control_listen, source };
     listener.set_nonblocking(true).map_err(listen)?;
     let listener = tokio::net::TcpListener::from_std(listener).map_err(listen)?;
@@ -282,7 +292,9 @@ fn serve(config: &NodeConfig, listener: TcpListener, services: Services) -> Resu
         .add_service(RaftServer::new(services.clone()).max_decoding_message_size(MAX_BATCH_BYTES))
         .add_service(ControlServer::new(services.clone()))
         .add_service(AdminServer::new(services))
-        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
+            let _ = closed.await;
+        });
     Ok(tokio::spawn(server))
 }
 
@@ -290,7 +302,7 @@ fn serve(config: &NodeConfig, listener: TcpListener, services: Services) -> Resu
 async fn first_definition(
     config: &NodeConfig,
     inits: &mut mpsc::Receiver<InitRequest>,
-) -> (ClusterDefinition, tokio::sync::oneshot::Sender<Result<(), Refusal>>) {
+) -> (ClusterDefinition, oneshot::Sender<Result<(), Refusal>>) {
     loop {
         let Some((definition, tell)) = inits.recv().await else { return std::future::pending().await };
         match config.fits(&definition) {

@@ -106,7 +106,11 @@ impl Raft for Services {
         let mut batches = rpc.into_inner();
         while let Some(batch) = batches.message().await? {
             match transport::decode(*cluster, self.config.id, &batch) {
-                Ok(messages) => handle.messages(messages).await,
+                Ok(messages) => {
+                    if !handle.messages(messages).await {
+                        return Ok(Response::new(pb::RaftStreamEnd {}));
+                    }
+                }
                 Err(why) => {
                     tracing::warn!(member = %self.config.name, from = batch.from, %why, "raft stream refused");
                     return Err(Status::failed_precondition(why));
@@ -163,13 +167,15 @@ impl Control for Services {
 
     async fn change_set(&self, rpc: Rpc<pb::ChangeSetRequest>) -> Answer<pb::ChangeSetReply> {
         let message = rpc.into_inner();
-        let members = message.members.iter().map(|id| convert::replica_id("member", id)).collect::<Result<_, _>>();
+        let read =
+            |ids: &[Vec<u8>]| ids.iter().map(|id| convert::replica_id("member", id)).collect::<Result<Vec<_>, _>>();
         let command = Command::ChangeSet {
             volume: convert::volume_id("volume", &message.volume).map_err(bad)?,
             mirror: convert::mirror_id("mirror", &message.mirror).map_err(bad)?,
             epoch: Epoch(message.epoch),
             expected: SetVersion(message.expected),
-            members: members.map_err(bad)?,
+            members: read(&message.members).map_err(bad)?,
+            awaited: read(&message.awaited).map_err(bad)?,
         };
         match self.ask(Request::Lead(message.request.try_into().map_err(bad)?, command)).await? {
             Reply::Set(current, revision) => {

@@ -269,6 +269,9 @@ impl RaftCore {
     /// or never: ask again.
     pub fn read(&mut self) -> u64 {
         self.last_read += 1;
+        if !self.leads() {
+            return self.last_read;
+        }
         let mut context = self.nonce.to_le_bytes().to_vec();
         context.extend_from_slice(&self.last_read.to_le_bytes());
         self.node.read_index(context);
@@ -283,6 +286,12 @@ impl RaftCore {
         if let Err(why) = self.check(&message) {
             let kind = format!("{:?}", message.get_msg_type());
             return Err(BadMessage { from: message.from, kind, why });
+        }
+        // A follower would pass these on under their first sender's name, and panics where they carry a term: that
+        // they reached one is a loss on the way, and they are asked again.
+        let for_leader = matches!(message.get_msg_type(), MessageType::MsgPropose | MessageType::MsgReadIndex);
+        if for_leader && !self.leads() {
+            return Ok(());
         }
         // What raft-rs refuses now (a proposal without a leader, say) is lost as if on the way.
         let _ = self.node.step(message);
@@ -313,6 +322,9 @@ impl RaftCore {
             MsgPropose => {
                 if m.entries.is_empty() || m.entries.iter().any(|e| e.data.is_empty()) {
                     return refuse("proposes nothing".into());
+                }
+                if m.term != 0 {
+                    return refuse("proposes in a term".into());
                 }
             }
             MsgReadIndex | MsgReadIndexResp => {
@@ -362,9 +374,8 @@ impl RaftCore {
             | MsgRequestPreVote
             | MsgRequestPreVoteResponse
             | MsgHeartbeatResponse
-            | MsgTimeoutNow
-            | MsgTransferLeader => {}
-            MsgHup | MsgBeat | MsgUnreachable | MsgSnapStatus | MsgCheckQuorum => {
+            | MsgTimeoutNow => {}
+            MsgHup | MsgBeat | MsgUnreachable | MsgSnapStatus | MsgCheckQuorum | MsgTransferLeader => {
                 return refuse("is never sent".into());
             }
         }

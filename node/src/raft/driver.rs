@@ -90,9 +90,9 @@ impl ControlHandle {
         }
     }
 
-    /// Raft messages came. Waits while the core is behind.
-    pub async fn messages(&self, messages: Vec<Message>) {
-        let _ = self.events.send(Event::Messages(messages)).await;
+    /// Raft messages came. Waits while the core is behind; says whether there is still one.
+    pub async fn messages(&self, messages: Vec<Message>) -> bool {
+        self.events.send(Event::Messages(messages)).await.is_ok()
     }
 
     /// Follows what this member has applied.

@@ -81,7 +81,10 @@ impl Loaded {
     ///
     /// # Errors
     /// What does not fit together.
-    pub fn into_log(self, voters: &[u64]) -> Result<MemoryLog, String> {
+    pub fn into_log(mut self, voters: &[u64]) -> Result<MemoryLog, String> {
+        // raft-rs 0.7 panics when a voter in term 0 refuses a vote, which a witness does for its priority. All
+        // begin in term 1 instead; nobody leads it, so nothing is promised by that.
+        self.hard_state.term = self.hard_state.term.max(1);
         let conf_state = ConfState { voters: voters.to_vec(), ..ConfState::default() };
         MemoryLog::load(conf_state, self.hard_state, self.snapshot, self.entries, self.before)
     }
