@@ -42,10 +42,13 @@ impl ReplicaHost for MemoryHost {
     }
 }
 
+/// Stops it, and how it ended.
+type Running = (oneshot::Sender<()>, JoinHandle<Result<(), DaemonError>>);
+
 struct Member {
     config: NodeConfig,
     kept: Kept,
-    running: Option<(oneshot::Sender<()>, JoinHandle<Result<(), DaemonError>>)>,
+    running: Option<Running>,
 }
 
 impl Member {
@@ -346,4 +349,25 @@ async fn a_daemon_that_cannot_start_says_why() {
     assert!(matches!(error, DaemonError::Locked { .. }), "{error}");
     stop.send(()).unwrap();
     running.await.unwrap().unwrap();
+}
+
+/// Alone in its process, since it measures that: `cargo test --test control_cluster -- --ignored`.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "measures the process: to be run alone"]
+async fn five_members_at_rest_cost_little() {
+    let cluster = cluster(3, 2, false).await;
+    cluster.pools().await;
+    cluster.until("a witness to lead", |status| status.leader.filter(|id| id.0 > 3)).await;
+    let ticks = || {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let before = ticks();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let used = ticks() - before;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let rss = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    println!("{used} ticks of 1000; {rss}");
+    assert!(used < 40, "five members at rest used {used} of 1000 ticks");
 }

@@ -210,7 +210,7 @@ impl World {
             match output {
                 Output::Send(messages) => self.send(at, messages),
                 Output::Persist(persist) => {
-                    self.voters[at].writing.push_back(persist);
+                    self.voters[at].writing.push_back(*persist);
                     let life = self.voters[at].life;
                     let delay = 1 + self.random.below(15);
                     self.after(delay, Event::Written(at, life));

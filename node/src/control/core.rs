@@ -115,7 +115,7 @@ pub enum Output {
     /// Send at once.
     Send(Vec<Message>),
     /// Write, make durable, send what it carries, report.
-    Persist(Persist),
+    Persist(Box<Persist>),
     /// Answer.
     Answer(Ticket, Result<Reply, Refusal>),
     /// The metadata's revision or whether a leader is known has changed.

@@ -108,7 +108,7 @@ pub enum Output {
     /// Send at once.
     Send(Vec<Message>),
     /// Write, make durable, send, report.
-    Persist(Persist),
+    Persist(Box<Persist>),
     /// The machine is replaced by this snapshot's.
     Restore(Vec<u8>),
     /// Apply, in order.
@@ -457,7 +457,7 @@ impl RaftCore {
                 self.node.on_persist_ready(number);
             } else {
                 self.outstanding = number;
-                out.push(Output::Persist(persist));
+                out.push(Output::Persist(Box::new(persist)));
                 self.node.advance_append_async(ready);
             }
         } else {
@@ -497,8 +497,7 @@ impl RaftCore {
     pub fn compact(&mut self, data: Vec<u8>, out: &mut Vec<Output>) {
         let index = self.applied;
         let Ok(term) = self.log().term(index) else { return };
-        let mut snapshot = Snapshot::default();
-        snapshot.data = data.into();
+        let mut snapshot = Snapshot { data: data.into(), ..Snapshot::default() };
         let metadata = snapshot.mut_metadata();
         metadata.index = index;
         metadata.term = term;
@@ -511,7 +510,8 @@ impl RaftCore {
         hard_state.commit = hard_state.commit.max(index);
         self.unwritten_commit = false;
         let compact = Some((snapshot, before));
-        out.push(Output::Persist(Persist { compact, hard_state: Some(hard_state), ..Persist::default() }));
+        let persist = Persist { compact, hard_state: Some(hard_state), ..Persist::default() };
+        out.push(Output::Persist(Box::new(persist)));
     }
 
     /// For a clean shutdown: the commit index, if it was not written yet, spares the next start a round.

@@ -249,11 +249,15 @@ impl Driver {
                 Output::Send(messages) => self.send(messages),
                 Output::Persist(persist) => {
                     // The thread ends before us only with an error, which is on its way here.
-                    let _ = self.persists.as_ref().map(|persists| persists.send(persist));
+                    if let Some(persists) = &self.persists {
+                        let _ = persists.send(*persist);
+                    }
                 }
                 Output::Answer(ticket, answer) => {
                     // Whoever asked may have gone.
-                    let _ = self.answers.remove(&ticket).map(|sender| sender.send(answer));
+                    if let Some(sender) = self.answers.remove(&ticket) {
+                        let _ = sender.send(answer);
+                    }
                 }
                 Output::Changed => changed = true,
                 Output::BadMessage(bad) => tracing::warn!(member = %self.core.id(), "{bad}"),
