@@ -11,7 +11,7 @@ use client::iscsi::pdu::request::Function;
 use client::iscsi::pdu::response::Residual;
 use client::iscsi::server::{Portal, Registry};
 use client::iscsi::session::WINDOW;
-use client::iscsi::target::Target;
+use client::iscsi::target::{MAX_SESSIONS, Target};
 use client::iscsi::{PORTAL_GROUP_TAG, iqn};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -421,6 +421,24 @@ fn nonsense_on_one_connection_harms_no_other() {
         }
         session.write(0, pattern(512, 1), false).await.unwrap();
         assert_eq!(session.read(0, 1).await.unwrap(), pattern(512, 1));
+    });
+}
+
+#[test]
+fn sessions_beyond_the_limit_are_refused_and_room_is_made_by_a_logout() {
+    with_target(|bed| async move {
+        let mut options = bed.options();
+        let mut sessions = Vec::new();
+        for i in 0..MAX_SESSIONS {
+            options.isid[4..6].copy_from_slice(&(i as u16).to_be_bytes());
+            sessions.push(Session::connect(bed.portal, &options).await.unwrap());
+        }
+        options.isid[3] = 0xff;
+        let refused = Session::connect(bed.portal, &options).await;
+        assert!(matches!(refused, Err(Error::Login { status: 0x0302 })), "{refused:?}");
+        sessions.pop().unwrap().logout().await.unwrap();
+        bed.until(|bed| bed.target.sessions().len() < MAX_SESSIONS).await;
+        Session::connect(bed.portal, &options).await.unwrap();
     });
 }
 

@@ -1123,6 +1123,17 @@ mod tests {
     }
 
     #[test]
+    fn a_data_digest_error_is_told_and_ends_the_connection() {
+        let mut b = bench();
+        let nop = request::NopOut { immediate: true, lun: 0, itt: 1, ttt: NO_TAG, cmd_sn: sn(0), exp_stat_sn: 0 };
+        let bhs = Request::NopOut(nop).encode();
+        let pdu = Pdu { bhs, ahs: Bytes::new(), data: BytesMut::from(&b"x"[..]), start: 0, digest_ok: false };
+        b.session.receive(b.now, pdu, &mut b.out);
+        assert!(matches!(b.sent()[..], [Response { body: Body::Reject { reason: 2 }, .. }]));
+        assert!(b.out.close.is_some());
+    }
+
+    #[test]
     fn a_silent_initiator_is_pinged_and_then_given_up() {
         let mut b = bench();
         assert!(!b.session.tick(b.now + PING_AFTER / 2, &mut b.out));
