@@ -11,7 +11,7 @@ use client::iscsi::{PORTAL_GROUP_TAG, iqn};
 use tokio::sync::mpsc;
 
 #[path = "../tests/memory/mod.rs"]
-#[allow(dead_code)]
+#[expect(dead_code, reason = "what only tests need of it")]
 mod memory;
 
 fn main() -> anyhow::Result<()> {
