@@ -317,14 +317,15 @@ impl RaftCore {
         if m.entries.iter().any(|e| e.get_entry_type() != EntryType::EntryNormal) {
             return refuse("has an entry that changes membership".into());
         }
+        // Term 0 marks what a voter says to itself, and what is passed on to the leader.
+        if (m.term == 0) != matches!(m.get_msg_type(), MsgPropose | MsgReadIndex) {
+            return refuse(format!("in term {}", m.term));
+        }
         let last = self.node.raft.raft_log.last_index();
         match m.get_msg_type() {
             MsgPropose => {
                 if m.entries.is_empty() || m.entries.iter().any(|e| e.data.is_empty()) {
                     return refuse("proposes nothing".into());
-                }
-                if m.term != 0 {
-                    return refuse("proposes in a term".into());
                 }
             }
             MsgReadIndex | MsgReadIndexResp => {
@@ -333,6 +334,9 @@ impl RaftCore {
                 }
             }
             MsgAppend => {
+                if (m.index == 0) != (m.log_term == 0) {
+                    return refuse(format!("after entry {} of term {}", m.index, m.log_term));
+                }
                 let mut before = (m.index, m.log_term);
                 for entry in m.entries.iter() {
                     if entry.index != before.0 + 1 || entry.term < before.1 || entry.term > m.term {
@@ -518,5 +522,174 @@ impl RaftCore {
     pub fn last_words(&mut self) -> Option<Persist> {
         std::mem::take(&mut self.unwritten_commit)
             .then(|| Persist { hard_state: Some(self.log().hard_state().clone()), ..Persist::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::log_store::{LogStore, MemoryStore};
+    use super::*;
+    use proptest::prelude::*;
+
+    const KINDS: [MessageType; 19] = [
+        MessageType::MsgHup,
+        MessageType::MsgBeat,
+        MessageType::MsgPropose,
+        MessageType::MsgAppend,
+        MessageType::MsgAppendResponse,
+        MessageType::MsgRequestVote,
+        MessageType::MsgRequestVoteResponse,
+        MessageType::MsgSnapshot,
+        MessageType::MsgHeartbeat,
+        MessageType::MsgHeartbeatResponse,
+        MessageType::MsgUnreachable,
+        MessageType::MsgSnapStatus,
+        MessageType::MsgCheckQuorum,
+        MessageType::MsgTransferLeader,
+        MessageType::MsgTimeoutNow,
+        MessageType::MsgReadIndex,
+        MessageType::MsgReadIndexResp,
+        MessageType::MsgRequestPreVote,
+        MessageType::MsgRequestPreVoteResponse,
+    ];
+
+    fn voter(preferred: &[u64]) -> (RaftCore, MemoryStore) {
+        let mut store = MemoryStore::default();
+        let log = store.load().unwrap().into_log(&[1, 2, 3]).unwrap();
+        let mut config = CoreConfig::new(1, vec![1, 2, 3], preferred.to_vec());
+        (config.min_election_tick, config.max_election_tick) = (5, 6);
+        (RaftCore::new(config, log, 7).unwrap(), store)
+    }
+
+    /// Carries out everything at once; returns what was sent.
+    fn settle(core: &mut RaftCore, store: &mut MemoryStore) -> Vec<Message> {
+        let mut sent = Vec::new();
+        loop {
+            let mut out = Vec::new();
+            core.outputs(&mut out);
+            if out.is_empty() {
+                return sent;
+            }
+            for output in out {
+                match output {
+                    Output::Send(messages) => sent.extend(messages),
+                    Output::Persist(persist) => {
+                        store.write(std::slice::from_ref(&persist)).unwrap();
+                        core.persisted(persist.number);
+                        sent.extend(persist.then_send);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn message(kind: MessageType, from: u64, term: u64) -> Message {
+        let mut message = Message { from, to: 1, term, ..Message::default() };
+        message.set_msg_type(kind);
+        message
+    }
+
+    fn elect(core: &mut RaftCore, store: &mut MemoryStore) {
+        for _ in 0..6 {
+            core.tick(|_| true);
+        }
+        for kind in [MessageType::MsgRequestPreVoteResponse, MessageType::MsgRequestVoteResponse] {
+            settle(core, store);
+            core.message(message(kind, 2, 2)).unwrap();
+        }
+        settle(core, store);
+        assert!(core.leads());
+    }
+
+    #[test]
+    fn a_vote_is_sent_only_after_it_is_durable() {
+        let (mut core, _) = voter(&[]);
+        let mut request = message(MessageType::MsgRequestVote, 2, 5);
+        request.log_term = 1;
+        core.message(request).unwrap();
+        let mut out = Vec::new();
+        core.outputs(&mut out);
+        let [Output::Persist(persist)] = &out[..] else { panic!("{out:?}") };
+        let hard_state = persist.hard_state.as_ref().unwrap();
+        assert_eq!((hard_state.term, hard_state.vote), (5, 2));
+        assert_eq!(persist.then_send.len(), 1);
+    }
+
+    #[test]
+    fn a_leader_that_is_not_preferred_hands_over_to_one_that_is() {
+        let (mut core, mut store) = voter(&[3]);
+        elect(&mut core, &mut store);
+        let mut acknowledged = message(MessageType::MsgAppendResponse, 3, 2);
+        acknowledged.index = 1;
+        core.message(acknowledged).unwrap();
+        settle(&mut core, &mut store);
+        let handed = (0..30).any(|_| {
+            core.tick(|id| id == 3);
+            core.message(message(MessageType::MsgHeartbeatResponse, 3, 2)).unwrap();
+            let sent = settle(&mut core, &mut store);
+            sent.iter().any(|m| m.get_msg_type() == MessageType::MsgTimeoutNow && m.to == 3)
+        });
+        assert!(handed);
+    }
+
+    #[test]
+    fn impossible_messages_are_refused() {
+        let (mut core, mut store) = voter(&[]);
+        elect(&mut core, &mut store);
+        let stranger = message(MessageType::MsgHeartbeat, 9, 2);
+        let own = message(MessageType::MsgHeartbeat, 1, 2);
+        let mut elsewhere = message(MessageType::MsgHeartbeat, 2, 2);
+        elsewhere.to = 3;
+        let mut ahead = message(MessageType::MsgHeartbeat, 2, 3);
+        ahead.commit = 99;
+        let mut acknowledged = message(MessageType::MsgAppendResponse, 2, 2);
+        acknowledged.index = 99;
+        let empty = message(MessageType::MsgPropose, 2, 0);
+        let local = message(MessageType::MsgHup, 2, 2);
+        for bad in [stranger, own, elsewhere, ahead, acknowledged, empty, local] {
+            assert!(core.message(bad.clone()).is_err(), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+        /// Whatever comes, raft-rs is not brought to panic, and what was committed stays.
+        #[test]
+        fn no_message_brings_a_voter_down(
+            leads in any::<bool>(),
+            fields in prop::collection::vec(
+                (0..19usize, 0..4u64, 0..6u64, 0..8u64, 0..6u64, 0..9u64, 0..4usize, any::<bool>(), 0..12u64),
+                1..60,
+            ),
+        ) {
+            let (mut core, mut store) = voter(&[]);
+            if leads {
+                elect(&mut core, &mut store);
+            }
+            for (kind, from, term, index, log_term, commit, entries, reject, hint) in fields {
+                let mut m = message(KINDS[kind], from, term);
+                m.index = index;
+                m.log_term = log_term;
+                // What a leader says of commits is bounded by what we acknowledged: the check sees to no more.
+                m.commit = commit;
+                m.reject = reject;
+                m.reject_hint = hint;
+                for at in 0..entries as u64 {
+                    let entry = Entry { index: index + 1 + at, term: log_term.max(1), data: vec![1].into(), ..Entry::default() };
+                    m.entries.push(entry);
+                }
+                if KINDS[kind] == MessageType::MsgSnapshot {
+                    let metadata = m.mut_snapshot().mut_metadata();
+                    metadata.index = hint;
+                    metadata.term = log_term;
+                    metadata.mut_conf_state().voters = vec![1, 2, 3];
+                }
+                let _ = core.message(m);
+                settle(&mut core, &mut store);
+                core.tick(|_| true);
+                settle(&mut core, &mut store);
+            }
+        }
     }
 }
