@@ -1,7 +1,7 @@
 //! A storage node of md99: raft membership and metadata, the replica store and its server. A node never knows
 //! stripes.
 
+pub mod control;
 pub mod metadata;
 pub mod raft;
-pub mod control;
 pub mod replica;

@@ -36,11 +36,11 @@ pub struct ControlConfig {
 }
 
 impl ControlConfig {
-    /// Two seconds for a try, fifteen for a request.
+    /// A second and a half for a try, fifteen for a request.
     pub fn new(members: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self {
             members: members.into_iter().map(Into::into).collect(),
-            try_timeout: Duration::from_secs(2),
+            try_timeout: Duration::from_millis(1500),
             deadline: Duration::from_secs(15),
         }
     }
@@ -198,10 +198,16 @@ impl ControlClient {
         let mut back_off = MIN_BACK_OFF;
         let mut doubt = false;
         let mut redirects = 0;
+        let mut failed = String::new();
         loop {
             let leader = self.known().leader.clone();
-            let addr = leader.unwrap_or_else(|| self.next_member());
-            let last = match self.try_once(&addr, &mut ask).await {
+            let mut addr = leader.unwrap_or_else(|| self.next_member());
+            if addr == failed {
+                // A member that was stopped takes a whole try to find out: not twice in a row.
+                addr = self.next_member();
+            }
+            let left = deadline.saturating_sub(started.elapsed());
+            let last = match self.try_once(&addr, left, &mut ask).await {
                 Ok(Tried::Answered(answer)) => {
                     self.known().leader = Some(addr);
                     return Ok(answer);
@@ -218,6 +224,7 @@ impl ControlClient {
                 }
                 Ok(Tried::Doubt(why)) => {
                     doubt = true;
+                    failed.clone_from(&addr);
                     self.known().leader = None;
                     why
                 }
@@ -236,7 +243,12 @@ impl ControlClient {
         }
     }
 
-    async fn try_once<T, F>(&self, addr: &str, ask: &mut impl FnMut(Channel) -> F) -> Result<Tried<T>, Refusal>
+    async fn try_once<T, F>(
+        &self,
+        addr: &str,
+        patience: Duration,
+        ask: &mut impl FnMut(Channel) -> F,
+    ) -> Result<Tried<T>, Refusal>
     where
         F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     {
@@ -244,7 +256,7 @@ impl ControlClient {
             Ok(channel) => channel,
             Err(why) => return Ok(Tried::Elsewhere(None, why)),
         };
-        match tokio::time::timeout(self.inner.config.try_timeout, ask(channel)).await {
+        match tokio::time::timeout(patience.min(self.inner.config.try_timeout), ask(channel)).await {
             Err(_) => Ok(Tried::Doubt("no answer in time".into())),
             Ok(Ok(answer)) => Ok(Tried::Answered(answer.into_inner())),
             Ok(Err(status)) => match status_to_refusal(&status) {
@@ -469,7 +481,7 @@ impl ControlClient {
                 let mut admin = AdminClient::new(c).max_decoding_message_size(MAX_MESSAGE);
                 admin.status(pb::StatusRequest { stale: true }).await
             };
-            if let Ok(Tried::Answered(status)) = self.try_once(&addr, &mut ask).await {
+            if let Ok(Tried::Answered(status)) = self.try_once(&addr, self.inner.config.try_timeout, &mut ask).await {
                 let status = self.status_checked(status)?;
                 if newest.as_ref().is_none_or(|best| status.applied > best.applied) {
                     newest = Some(status);
