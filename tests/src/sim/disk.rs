@@ -1,0 +1,333 @@
+//! A disk with a page cache above it: what was written and not synced may be lost, in part, page by page and
+//! sector by sector.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use node::replica::{DiskData, DiskError, DiskIo, FileKind, OpId};
+
+use super::rng::Rng;
+
+/// Bytes in a page: what a file keeps together.
+pub const PAGE: u64 = 4096;
+/// Bytes that a disk writes in one piece.
+const SECTOR: usize = 512;
+
+/// A page's bytes; `None`: zeroes, as in a hole.
+pub type Content = Option<Bytes>;
+
+#[derive(Clone, Debug, Default)]
+struct Page {
+    durable: Content,
+    /// Written since, oldest first; the last one is what a read sees.
+    volatile: Vec<(u64, Content)>,
+}
+
+impl Page {
+    fn cached(&self) -> &Content {
+        self.volatile.last().map_or(&self.durable, |(_, content)| content)
+    }
+}
+
+/// One file.
+#[derive(Clone, Debug)]
+pub struct SimFile {
+    pages: Vec<Page>,
+    /// Pages with something volatile.
+    unsynced: BTreeSet<u64>,
+    /// Counts the writes.
+    seq: u64,
+}
+
+impl SimFile {
+    pub fn new(bytes: u64) -> Self {
+        Self { pages: vec![Page::default(); (bytes / PAGE) as usize], unsynced: BTreeSet::new(), seq: 0 }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.pages.len() as u64 * PAGE
+    }
+
+    /// What a read sees.
+    pub fn cached(&self, page: u64) -> &Content {
+        self.pages[page as usize].cached()
+    }
+
+    /// What is on the medium.
+    pub fn durable(&self, page: u64) -> &Content {
+        &self.pages[page as usize].durable
+    }
+
+    pub fn is_synced(&self, page: u64) -> bool {
+        self.pages[page as usize].volatile.is_empty()
+    }
+
+    fn put(&mut self, page: u64, content: Content) {
+        self.pages[page as usize].volatile.push((self.seq, content));
+        self.unsynced.insert(page);
+    }
+
+    fn write(&mut self, offset: u64, bytes: &Bytes) {
+        self.seq += 1;
+        for i in 0..bytes.len() as u64 / PAGE {
+            self.put(offset / PAGE + i, Some(bytes.slice((i * PAGE) as usize..((i + 1) * PAGE) as usize)));
+        }
+    }
+
+    fn punch(&mut self, offset: u64, len: u64) {
+        self.seq += 1;
+        for page in offset / PAGE..(offset + len) / PAGE {
+            self.put(page, None);
+        }
+    }
+
+    fn read(&self, offset: u64, len: u32) -> Vec<u8> {
+        let mut out = vec![0; len as usize];
+        for (i, piece) in out.chunks_mut(PAGE as usize).enumerate() {
+            if let Some(bytes) = self.cached(offset / PAGE + i as u64) {
+                piece.copy_from_slice(&bytes[..piece.len()]);
+            }
+        }
+        out
+    }
+
+    /// Everything written up to number `mark` reaches the medium.
+    fn sync(&mut self, mark: u64) {
+        let pages = &mut self.pages;
+        self.unsynced.retain(|at| {
+            let page = &mut pages[*at as usize];
+            let n = page.volatile.iter().take_while(|(seq, _)| *seq <= mark).count();
+            if let Some((_, content)) = page.volatile.drain(..n).next_back() {
+                page.durable = content;
+            }
+            !page.volatile.is_empty()
+        });
+    }
+
+    /// The cache is lost: of each page any version that was written since the last sync may be on the medium, or
+    /// sectors of several.
+    fn lose(&mut self, rng: &mut Rng) {
+        let mode = rng.below(4);
+        for at in std::mem::take(&mut self.unsynced) {
+            let page = &mut self.pages[at as usize];
+            let volatile = std::mem::take(&mut page.volatile);
+            let version = |rng: &mut Rng| match rng.below(volatile.len() as u64 + 1) {
+                0 => page.durable.clone(),
+                i => volatile[i as usize - 1].1.clone(),
+            };
+            page.durable = match mode {
+                0 => page.durable.clone(),
+                1 => volatile.last().expect("unsynced").1.clone(),
+                2 => version(rng),
+                _ => torn(&version(rng), &version(rng), rng),
+            };
+        }
+    }
+
+    /// Flips a bit at rest; false where there is nothing but zeroes.
+    pub fn flip(&mut self, page: u64, rng: &mut Rng) -> bool {
+        let page = &mut self.pages[page as usize];
+        let at = rng.below(PAGE) as usize;
+        let bit = 1 << rng.below(8);
+        let flipped = |content: &Content| {
+            content.as_ref().map(|bytes| {
+                let mut bytes = bytes.to_vec();
+                bytes[at] ^= bit;
+                Bytes::from(bytes)
+            })
+        };
+        if !page.volatile.is_empty() || page.durable.is_none() {
+            return false;
+        }
+        page.durable = flipped(&page.durable);
+        true
+    }
+}
+
+/// A page with some sectors of one version and some of another.
+fn torn(a: &Content, b: &Content, rng: &mut Rng) -> Content {
+    if a == b {
+        return a.clone();
+    }
+    let zeroes = Bytes::from_static(&[0; PAGE as usize]);
+    let (a, b) = (a.as_ref().unwrap_or(&zeroes), b.as_ref().unwrap_or(&zeroes));
+    let mut out = Vec::with_capacity(PAGE as usize);
+    for (x, y) in a.chunks(SECTOR).zip(b.chunks(SECTOR)) {
+        out.extend_from_slice(if rng.chance(500) { x } else { y });
+    }
+    Some(out.into())
+}
+
+/// How a disk behaves now.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiskFaults {
+    /// Every operation takes so many times as long.
+    pub slow: u64,
+    /// In a thousand: reads and writes of data that fail.
+    pub read_errors: u64,
+    pub write_errors: u64,
+    /// Writes of data fail for want of space.
+    pub full: bool,
+    /// The next sync fails.
+    pub fail_sync: bool,
+}
+
+#[derive(Clone, Debug)]
+struct InFlight {
+    io: DiskIo,
+    /// A write that took effect before its end, or a read's bytes, taken early.
+    early: Option<DiskData>,
+    /// What a sync covers.
+    mark: u64,
+    failing: Option<DiskError>,
+}
+
+/// Pages of a file that have just changed.
+pub type Changed = Option<(FileKind, std::ops::Range<u64>)>;
+
+/// The two files of a replica, and what its process gave the disk to do.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    pub data: SimFile,
+    pub meta: SimFile,
+    in_flight: BTreeMap<OpId, InFlight>,
+    pub faults: DiskFaults,
+}
+
+impl Disk {
+    pub fn new(data_bytes: u64, meta_bytes: u64) -> Self {
+        Self {
+            data: SimFile::new(data_bytes),
+            meta: SimFile::new(meta_bytes),
+            in_flight: BTreeMap::new(),
+            faults: DiskFaults::default(),
+        }
+    }
+
+    pub fn file(&self, file: FileKind) -> &SimFile {
+        match file {
+            FileKind::Data => &self.data,
+            FileKind::Meta => &self.meta,
+        }
+    }
+
+    fn file_mut(&mut self, file: FileKind) -> &mut SimFile {
+        match file {
+            FileKind::Data => &mut self.data,
+            FileKind::Meta => &mut self.meta,
+        }
+    }
+
+    /// Whether writes or punches of data are with the disk.
+    pub fn changes_in_flight(&self) -> bool {
+        self.in_flight.values().any(|f| {
+            matches!(f.io, DiskIo::Write { file: FileKind::Data, .. } | DiskIo::Punch { .. })
+        })
+    }
+
+    /// Takes an operation; says how long it will take and what it has changed already.
+    pub fn begin(&mut self, op: OpId, io: DiskIo, rng: &mut Rng) -> (u64, Changed) {
+        let faults = self.faults;
+        let is_data = !matches!(&io, DiskIo::Write { file: FileKind::Meta, .. } | DiskIo::Read { file: FileKind::Meta, .. });
+        let (mut micros, failing) = match &io {
+            DiskIo::Sync { .. } => {
+                let failing = std::mem::take(&mut self.faults.fail_sync).then_some(DiskError::Io);
+                (rng.tail(300, 20_000), failing)
+            }
+            DiskIo::Read { .. } => {
+                (rng.tail(20, 3_000), (is_data && rng.chance(faults.read_errors)).then_some(DiskError::Io))
+            }
+            DiskIo::Write { .. } if is_data && faults.full => (rng.tail(20, 3_000), Some(DiskError::NoSpace)),
+            DiskIo::Write { .. } => {
+                (rng.tail(20, 3_000), (is_data && rng.chance(faults.write_errors)).then_some(DiskError::Io))
+            }
+            DiskIo::Punch { .. } => (rng.tail(20, 3_000), rng.chance(faults.write_errors).then_some(DiskError::Io)),
+        };
+        micros *= faults.slow.max(1);
+        let mark = if let DiskIo::Sync { file } = &io { self.file(*file).seq } else { 0 };
+        let mut flight = InFlight { io, early: None, mark, failing };
+        let mut changed = None;
+        if !matches!(flight.io, DiskIo::Sync { .. }) && flight.failing.is_none() && rng.chance(300) {
+            let (data, what) = self.perform(&flight);
+            (flight.early, changed) = (Some(data), what);
+        }
+        self.in_flight.insert(op, flight);
+        (micros, changed)
+    }
+
+    /// An operation has ended.
+    pub fn end(&mut self, op: OpId, rng: &mut Rng) -> (Result<DiskData, DiskError>, Changed) {
+        let flight = self.in_flight.remove(&op).expect("a disk operation ends once");
+        if let Some(error) = flight.failing {
+            // What a failed write leaves is anybody's guess.
+            let changed = if rng.chance(500) { self.perform_in_part(&flight.io, rng) } else { None };
+            return (Err(error), changed);
+        }
+        if let Some(data) = flight.early {
+            return (Ok(data), None);
+        }
+        let (data, changed) = self.perform(&flight);
+        (Ok(data), changed)
+    }
+
+    fn perform(&mut self, flight: &InFlight) -> (DiskData, Changed) {
+        match &flight.io {
+            DiskIo::Read { file, offset, len } => (DiskData::Read(self.file(*file).read(*offset, *len)), None),
+            DiskIo::Write { file, offset, bytes } => {
+                self.file_mut(*file).write(*offset, bytes);
+                let pages = offset / PAGE..(offset + bytes.len() as u64) / PAGE;
+                (DiskData::None, Some((*file, pages)))
+            }
+            DiskIo::Punch { offset, len } => {
+                self.data.punch(*offset, *len);
+                (DiskData::None, Some((FileKind::Data, offset / PAGE..(offset + len) / PAGE)))
+            }
+            DiskIo::Sync { file } => {
+                self.file_mut(*file).sync(flight.mark);
+                (DiskData::None, None)
+            }
+        }
+    }
+
+    /// Some of a write's pages, for one that failed or was cut off.
+    fn perform_in_part(&mut self, io: &DiskIo, rng: &mut Rng) -> Changed {
+        let DiskIo::Write { file, offset, bytes } = io else { return None };
+        let first = offset / PAGE;
+        let target = self.file_mut(*file);
+        target.seq += 1;
+        for i in 0..bytes.len() as u64 / PAGE {
+            let new = Some(bytes.slice((i * PAGE) as usize..((i + 1) * PAGE) as usize));
+            match rng.below(3) {
+                0 => {}
+                1 => target.put(first + i, new),
+                _ => {
+                    let old = target.cached(first + i).clone();
+                    target.put(first + i, torn(&old, &new, rng));
+                }
+            }
+        }
+        Some((*file, first..first + bytes.len() as u64 / PAGE))
+    }
+
+    /// The process is gone: what it gave to the disk ends, or not, before another process has the locks (R1).
+    pub fn process_gone(&mut self, rng: &mut Rng) -> Vec<Changed> {
+        let in_flight = std::mem::take(&mut self.in_flight);
+        let mut changed = Vec::new();
+        for flight in in_flight.into_values() {
+            if flight.early.is_some() || flight.failing.is_some() || rng.chance(400) {
+                continue;
+            }
+            changed.push(match flight.io {
+                DiskIo::Write { .. } if rng.chance(300) => self.perform_in_part(&flight.io, rng),
+                _ => self.perform(&flight).1,
+            });
+        }
+        changed
+    }
+
+    /// Power is gone, or the cache was dropped after a failed sync.
+    pub fn lose_cache(&mut self, rng: &mut Rng) {
+        self.data.lose(rng);
+        self.meta.lose(rng);
+    }
+}
