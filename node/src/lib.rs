@@ -5,3 +5,5 @@ pub mod control;
 pub mod metadata;
 pub mod raft;
 pub mod replica;
+pub mod data;
+pub mod store;

@@ -58,6 +58,9 @@ pub enum Create {
     /// New metadata over a data file that has lost its own: every region dirty and suspect, every block unverified
     /// and unreadable until it is equalised (R10).
     Rebuilt,
+    /// New metadata for a replica that has lost its data too: every region dirty and suspect, every block
+    /// unallocated. Like `Rebuilt`, it says so to whoever attaches.
+    Lost,
 }
 
 /// The lengths of a replica's two files, in bytes.

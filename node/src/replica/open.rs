@@ -68,15 +68,17 @@ impl ReplicaCore {
             blocks: config.blocks,
             epoch: Epoch(0),
             set: SetView::default(),
-            rebuilt: create == Create::Rebuilt,
+            rebuilt: matches!(create, Create::Rebuilt | Create::Lost),
         };
         let mut core = Self::new(config, superblock, Opening::new(Stage::NewBitmaps));
         let layout = core.layout;
         if create != Create::Clean {
             core.regions.dirty = BitSet::full(layout.regions);
         }
-        if create == Create::Rebuilt {
+        if matches!(create, Create::Rebuilt | Create::Lost) {
             core.regions.suspect = BitSet::full(layout.regions);
+        }
+        if create == Create::Rebuilt {
             // The map is gone: every page of it is a lost one.
             core.regions.present = BitSet::full(layout.map_pages);
         }

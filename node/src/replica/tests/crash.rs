@@ -248,12 +248,12 @@ impl World {
 }
 
 impl Rig {
-    /// Flips a bit somewhere, but not in both superblock copies.
+    /// Flips a bit somewhere, but not in a superblock: a power cut may tear the other copy.
     fn data_flip(&mut self, rotten: bool, rng: &mut Rng) {
         if !rotten {
             return;
         }
-        let (file, first) = if rng.chance(50) { (&mut self.meta, B) } else { (&mut self.data, 0) };
+        let (file, first) = if rng.chance(50) { (&mut self.meta, 2 * B) } else { (&mut self.data, 0) };
         let at = first + rng.below((file.durable.len() - first) as u64) as usize;
         file.durable[at] ^= 1 << rng.below(8);
     }

@@ -1,0 +1,247 @@
+//! Copies to other nodes: one connection per peer and volume, made when there is something to send.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, IoSlice};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use proto::frame::{Code, CopyTarget, FrameError, Kind, PeerRole, Reply, Request};
+use proto::id::{AttachId, ClusterId, VolumeId};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::channel::{peek, take};
+use super::shard::{ReplicaCell, Shard};
+use crate::replica::{CopyError, CopyToken};
+
+/// How long a connection may take to be made and greeted.
+const CONNECT: Duration = Duration::from_secs(2);
+/// How long a peer may take to answer a copy.
+const ANSWER: Duration = Duration::from_secs(10);
+/// A connection without anything to send is closed after this time.
+const IDLE: Duration = Duration::from_secs(30);
+/// Copies that wait or are on their way to one peer; one more is answered "unreachable". Every replica's own
+/// window is far smaller.
+const MAX_COPIES: usize = 1024;
+
+/// A copy, and who waits for its answer.
+struct Copy {
+    cell: Rc<ReplicaCell>,
+    generation: u64,
+    token: CopyToken,
+    attach: AttachId,
+    request: Request,
+}
+
+/// Who waits for the answer to a copy that has been sent.
+struct Sent {
+    cell: Rc<ReplicaCell>,
+    generation: u64,
+    token: CopyToken,
+    until: Instant,
+}
+
+/// One peer, for one volume.
+#[derive(Default)]
+pub(super) struct Peer {
+    queue: RefCell<VecDeque<Copy>>,
+    sent: RefCell<BTreeMap<u64, Sent>>,
+    next_tag: Cell<u64>,
+    wake: Notify,
+}
+
+/// The peers of a shard.
+#[derive(Default)]
+pub(super) struct Peers {
+    peers: BTreeMap<(String, VolumeId), Rc<Peer>>,
+}
+
+impl Peers {
+    /// Queues a copy; false: there are too many already.
+    pub(super) fn send(
+        &mut self,
+        shard: &Shard,
+        cluster: ClusterId,
+        volume: VolumeId,
+        cell: &Rc<ReplicaCell>,
+        generation: u64,
+        to: CopyTarget,
+        token: CopyToken,
+        request: Request,
+    ) -> bool {
+        let key = (to.addr.clone(), volume);
+        let peer = self.peers.entry(key.clone()).or_insert_with(|| {
+            let peer = Rc::<Peer>::default();
+            tokio::task::spawn_local(run(shard.clone(), cluster, key, peer.clone()));
+            peer
+        });
+        if peer.queue.borrow().len() + peer.sent.borrow().len() >= MAX_COPIES {
+            return false;
+        }
+        let copy = Copy { cell: cell.clone(), generation, token, attach: to.attach, request };
+        peer.queue.borrow_mut().push_back(copy);
+        peer.wake.notify_one();
+        true
+    }
+
+    fn forget(&mut self, key: &(String, VolumeId)) {
+        self.peers.remove(key);
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum PeerError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("it sent something that is no frame: {0}")]
+    Frame(#[from] FrameError),
+    #[error("it could not be reached within {} s", CONNECT.as_secs())]
+    Connect,
+    #[error("it did not answer for {} s", ANSWER.as_secs())]
+    Silent,
+    #[error("it refused the connection: {0:?}")]
+    Refused(Code),
+    #[error("it closed the connection")]
+    Closed,
+}
+
+/// Connects, sends until there is nothing left or something fails, and tells everyone who still waits.
+async fn run(shard: Shard, cluster: ClusterId, key: (String, VolumeId), peer: Rc<Peer>) {
+    let ended = async {
+        let (stream, buffer) = connect(cluster, &key).await?;
+        serve(&shard, &stream, buffer, &peer).await
+    }
+    .await;
+    if let Err(error) = ended {
+        tracing::warn!(addr = %key.0, volume = %key.1, %error, "copies to this peer failed");
+    }
+    // From here on a new copy makes a new connection.
+    shard.peers(|peers| peers.forget(&key));
+    let mut lost: Vec<(Rc<ReplicaCell>, u64, CopyToken)> = Vec::new();
+    lost.extend(std::mem::take(&mut *peer.sent.borrow_mut()).into_values().map(|s| (s.cell, s.generation, s.token)));
+    lost.extend(peer.queue.borrow_mut().drain(..).map(|c| (c.cell, c.generation, c.token)));
+    shard
+        .copies_ended(lost.into_iter().map(|(cell, g, token)| (cell, g, token, Err(CopyError::Unreachable))).collect());
+}
+
+async fn connect(cluster: ClusterId, key: &(String, VolumeId)) -> Result<(TcpStream, BytesMut), PeerError> {
+    let greeted = async {
+        let stream = TcpStream::connect(&key.0).await?;
+        stream.set_nodelay(true)?;
+        let hello = Request::Hello { role: PeerRole::Node, cluster, volume: key.1, name: "a node".to_owned() };
+        write_all(&stream, hello.encode(0, AttachId::default(), 0).head).await?;
+        let mut buffer = BytesMut::with_capacity(4096);
+        loop {
+            read_some(&stream, &mut buffer).await?;
+            match take_reply(&mut buffer)? {
+                Some((_, Reply::Done(Kind::Hello))) => return Ok((stream, buffer)),
+                Some((_, Reply::Failed { code, .. })) => return Err(PeerError::Refused(code)),
+                Some(_) => return Err(FrameError::Malformed("a greeting that is none").into()),
+                None => {}
+            }
+        }
+    };
+    tokio::time::timeout(CONNECT, greeted).await.unwrap_or(Err(PeerError::Connect))
+}
+
+async fn write_all(stream: &TcpStream, mut bytes: impl Buf) -> io::Result<()> {
+    while bytes.has_remaining() {
+        stream.writable().await?;
+        let mut slices = [IoSlice::new(&[]); 2];
+        let n = bytes.chunks_vectored(&mut slices);
+        match stream.try_write_vectored(&slices[..n]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => bytes.advance(n),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+async fn read_some(stream: &TcpStream, buffer: &mut BytesMut) -> Result<(), PeerError> {
+    loop {
+        stream.readable().await?;
+        buffer.reserve(4096);
+        match stream.try_read_buf(buffer) {
+            Ok(0) => return Err(PeerError::Closed),
+            Ok(_) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn take_reply(buffer: &mut BytesMut) -> Result<Option<(u64, Reply)>, FrameError> {
+    let Some(header) = peek(buffer)? else { return Ok(None) };
+    if !header.is_reply {
+        return Err(FrameError::Malformed("a request where a reply belongs"));
+    }
+    let Some((body, payload)) = take(buffer, &header) else { return Ok(None) };
+    Ok(Some((header.tag, Reply::decode(&header, &body, payload)?)))
+}
+
+/// Returns when nothing has been sent for a while.
+async fn serve(shard: &Shard, stream: &TcpStream, mut buffer: BytesMut, peer: &Peer) -> Result<(), PeerError> {
+    let mut used = Instant::now();
+    loop {
+        let until = peer.sent.borrow().values().map(|s| s.until).min();
+        let idle = used + IDLE;
+        if !peer.queue.borrow().is_empty() {
+            used = Instant::now();
+            // Reading goes on while the peer takes nothing more, or both sides could wait for each other.
+            tokio::select! {
+                sent = send_queued(stream, peer) => sent?,
+                failed = read_forever(shard, stream, &mut buffer, peer) => failed?,
+                () = tokio::time::sleep(ANSWER) => return Err(PeerError::Silent),
+            }
+            continue;
+        }
+        tokio::select! {
+            failed = read_forever(shard, stream, &mut buffer, peer) => failed?,
+            () = peer.wake.notified() => {}
+            () = tokio::time::sleep_until(until.unwrap_or(idle)) => {
+                if peer.queue.borrow().is_empty() && peer.sent.borrow().is_empty() && Instant::now() >= idle {
+                    return Ok(());
+                }
+                if peer.sent.borrow().values().any(|s| s.until <= Instant::now()) {
+                    return Err(PeerError::Silent);
+                }
+            }
+        }
+    }
+}
+
+async fn send_queued(stream: &TcpStream, peer: &Peer) -> Result<(), PeerError> {
+    loop {
+        let Some(copy) = peer.queue.borrow_mut().pop_front() else { return Ok(()) };
+        let tag = peer.next_tag.get() + 1;
+        peer.next_tag.set(tag);
+        let frame = copy.request.encode(0, copy.attach, tag);
+        let Copy { cell, generation, token, .. } = copy;
+        peer.sent.borrow_mut().insert(tag, Sent { cell, generation, token, until: Instant::now() + ANSWER });
+        write_all(stream, frame.head.chain(frame.payload)).await?;
+    }
+}
+
+async fn read_forever(shard: &Shard, stream: &TcpStream, buffer: &mut BytesMut, peer: &Peer) -> Result<(), PeerError> {
+    loop {
+        read_some(stream, buffer).await?;
+        let mut ended = Vec::new();
+        while let Some((tag, reply)) = take_reply(buffer)? {
+            let Some(Sent { cell, generation, token, .. }) = peer.sent.borrow_mut().remove(&tag) else {
+                return Err(FrameError::Malformed("an answer to nothing").into());
+            };
+            let result = match reply {
+                Reply::Done(Kind::CopyWrite) => Ok(()),
+                Reply::Failed { code, .. } => Err(CopyError::Refused(code)),
+                _ => return Err(FrameError::Malformed("an answer of another kind").into()),
+            };
+            ended.push((cell, generation, token, result));
+        }
+        shard.copies_ended(ended);
+    }
+}
