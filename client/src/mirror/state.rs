@@ -54,6 +54,8 @@ pub(super) struct Listed {
     pub allocated: RegionSet,
     /// The next region to ask for; the mirror's region count when all are there.
     pub next: u32,
+    /// The request that is out. An answer to another one is to a listing that was begun anew since, and too old.
+    asked: u64,
 }
 
 /// What an attached replica is used for.
@@ -473,7 +475,9 @@ impl Mirror {
         let attach = self.slots[slot].attach.as_ref().expect("listed replicas are attached");
         let next = attach.listed.as_ref().expect("a listing is under way").next;
         let count = (self.regions() - next).min(WINDOW);
-        self.send(now, slot, What::List, Request::ListRegions { first: RegionIndex(next), count }, out);
+        let tag = self.send(now, slot, What::List, Request::ListRegions { first: RegionIndex(next), count }, out);
+        let attach = self.slots[slot].attach.as_mut().expect("listed replicas are attached");
+        attach.listed.as_mut().expect("a listing is under way").asked = tag;
     }
 
     /// Gives an attach up: nothing is sent or believed under it again (R2, R4).
@@ -546,7 +550,7 @@ impl Mirror {
                 Reply::Attached(info) if what == What::Attach => self.attached(now, slot, info, out),
                 Reply::Regions(window) if what == What::List => {
                     let attach = self.slots[slot].attach.as_mut().expect("checked above");
-                    let listed = attach.listed.as_mut().expect("a listing is under way");
+                    let Some(listed) = attach.listed.as_mut().filter(|l| l.asked == tag) else { return };
                     if window.first.0 != listed.next || window.count == 0 {
                         self.lost.push_back((slot, FaultReason::Nonsense));
                         return;
