@@ -1,1 +1,7 @@
-fn main() {}
+//! The one binary of md99.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -1,0 +1,16 @@
+//! A load that knows what it wrote: it writes, reads, flushes and discards through the real target over TCP, keeps
+//! the history of every sector, and checks every byte that it reads against what that history allows.
+//!
+//! [`history`] decides what a read may return, [`pattern`] makes contents from (seed, sector, version),
+//! [`meter`] measures, [`run`] drives all of it with the initiator, which logs in again when its connection is
+//! lost and repeats what was not answered.
+
+pub mod history;
+pub mod meter;
+pub mod pattern;
+mod rng;
+pub mod run;
+
+pub use meter::Measured;
+pub use rng::Rng;
+pub use run::{Load, LoadSpec, Mix};
