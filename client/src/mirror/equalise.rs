@@ -126,7 +126,7 @@ impl Mirror {
         let most = if yielding { 1 } else { limits::MAX_BACKGROUND_REGIONS };
         while self.equalising.len() < most && (!yielding || now >= self.background_next) {
             let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
-            let Some(region) = self.settling.unsettled.iter().find(free).or_else(|| self.next_join_region()) else {
+            let Some(region) = self.settling.unsettled.iter().find(free).or_else(|| self.next_join_region(free)) else {
                 break;
             };
             self.background_next = now + YIELDING_PACE_MS;
@@ -471,7 +471,9 @@ impl Mirror {
     /// Who may be the base of a region's blocks, best first (R7): members that have not restarted; of those that
     /// have, members dirty there before members clean there.
     fn base_ranks(&self, region: RegionIndex, hashed: &[usize]) -> Vec<(u8, usize)> {
-        let extra = if self.settling.released.contains(region) { self.settling.extra_bases } else { Mask::EMPTY };
+        // Only until the region is settled: what is written afterwards is on the members, and on nobody who left.
+        let released = self.settling.released.contains(region) && self.settling.unsettled.contains(region);
+        let extra = if released { self.settling.extra_bases } else { Mask::EMPTY };
         let mut ranks: Vec<(u8, usize)> = (hashed.iter().copied())
             .filter(|s| self.slots[*s].is_member() || extra.contains(*s))
             .map(|s| {

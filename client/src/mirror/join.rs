@@ -194,11 +194,11 @@ impl Mirror {
         }
     }
 
-    /// The next region that a join wants and nobody works at.
-    pub(super) fn next_join_region(&self) -> Option<RegionIndex> {
+    /// The next region that a join wants and that is free to be worked at.
+    pub(super) fn next_join_region(&self, free: impl Fn(&RegionIndex) -> bool) -> Option<RegionIndex> {
         self.slots
             .iter()
             .filter_map(|s| s.join().filter(|j| j.stage == JoinStage::Equalising))
-            .find_map(|j| j.todo.iter().find(|r| !self.equalising.contains_key(r)))
+            .find_map(|j| j.todo.iter().find(&free))
     }
 }
