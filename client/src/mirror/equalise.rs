@@ -432,8 +432,9 @@ impl Mirror {
             let intact = bases.iter().find(|(_, s)| hash(*s, i).intact).map(|(_, s)| *s);
             let base = match intact {
                 Some(base) => base,
-                // Only what a restart left behind may be taken for right; elsewhere the block is bad (R10).
-                None => match bases.iter().find(|(rank, s)| *rank > 0 && hash(*s, i).readable) {
+                // Only what a restart, or a write that failed on the last member, left behind may be taken for right:
+                // both leave the region dirty. Elsewhere the block is bad (R10).
+                None => match bases.iter().find(|(_, s)| hash(*s, i).readable) {
                     Some((_, base)) if run.was_dirty => {
                         set_bit(restamps.entry(*base).or_default(), i);
                         *taken.entry(*base).or_default() += 1;
