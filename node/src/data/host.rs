@@ -52,7 +52,7 @@ struct Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.opener.abort();
-        self.plane.stop();
+        self.plane.stop_and_wait();
     }
 }
 

@@ -353,7 +353,7 @@ impl DataPlane {
 
     /// Takes no more requests, lets those in flight end, syncs and closes every replica.
     pub async fn shutdown(&self) {
-        self.stop();
+        let _ = self.stop.send(true);
         let handles = std::mem::take(&mut *self.handles.lock().expect("not poisoned"));
         let joined = tokio::task::spawn_blocking(move || handles.into_iter().for_each(join));
         if let Err(error) = joined.await {
@@ -361,10 +361,11 @@ impl DataPlane {
         }
     }
 
-    /// Begins to end; [`shutdown`](Self::shutdown), or dropping it, waits for that.
-    pub fn stop(&self) {
+    /// As [`shutdown`](Self::shutdown), but blocks.
+    pub fn stop_and_wait(&self) {
         // Threads that have ended already listen no more.
         let _ = self.stop.send(true);
+        std::mem::take(&mut *self.handles.lock().expect("not poisoned")).into_iter().for_each(join);
     }
 
     fn place(&self, pool: &str) -> Result<&PoolPlace, ReplicaProblem> {
@@ -450,8 +451,7 @@ impl DataPlane {
 
 impl Drop for DataPlane {
     fn drop(&mut self) {
-        self.stop();
-        std::mem::take(&mut *self.handles.lock().expect("not poisoned")).into_iter().for_each(join);
+        self.stop_and_wait();
     }
 }
 
