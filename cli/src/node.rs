@@ -58,7 +58,7 @@ pub async fn daemon(config: Option<&Path>, args: DaemonArgs) -> Outcome {
     config.insecure |= args.insecure;
     let name = config.name.clone();
     let stop = StopSignals::catch()?;
-    let host = None;
+    let host = (config.role == Role::Node).then(::node::data::host::start_host);
     member::run(config, host, stop.stop()).await.map_err(|error| {
         let failure = Failure::new(format!("{name}: {error}"));
         match error {
