@@ -24,7 +24,10 @@ pub mod plane;
 pub mod server;
 pub mod shard;
 
-pub use plane::{DataConfig, DataPlane, PoolPlace, PoolSpec, PoolStat, ReplicaSpec, ReplicaState, ReplicaStatus};
+pub use plane::{
+    DataConfig, DataPlane, PoolPlace, PoolSpec, PoolStat, ReplicaProblem, ReplicaSpec, ReplicaState, ReplicaStatus,
+    StartError,
+};
 
 use proto::id::VolumeId;
 

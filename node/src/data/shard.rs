@@ -130,6 +130,9 @@ impl State {
     }
 }
 
+/// The end of a copy: whose, of which core of it, which, and how it ended.
+pub(super) type CopyEnded = (Rc<ReplicaCell>, u64, CopyToken, Result<(), CopyError>);
+
 /// A handle to the thread's state; not shared with other threads.
 #[derive(Clone)]
 pub(super) struct Shard(Rc<RefCell<Thread>>);
@@ -245,7 +248,7 @@ impl Shard {
     }
 
     /// Peers have answered, or could not be reached.
-    pub(super) fn copies_ended(&self, ended: Vec<(Rc<ReplicaCell>, u64, CopyToken, Result<(), CopyError>)>) {
+    pub(super) fn copies_ended(&self, ended: Vec<CopyEnded>) {
         if ended.is_empty() {
             return;
         }
@@ -678,22 +681,29 @@ impl Thread {
         }
     }
 
-    /// The replica's cell; a new one refuses everything until it is opened.
+    /// The replica's cell; a new one refuses everything until it is opened. One that was refused as something else
+    /// makes way.
     fn cell(&mut self, spec: ReplicaSpec) -> Rc<ReplicaCell> {
-        let new = || {
-            let inner = Inner {
-                state: State::Refused("it has not been opened".to_owned()),
-                files: None,
-                in_flight: 0,
-                generation: 0,
-                waiters: Vec::new(),
-                closed: None,
-                reopen_pause_ms: REOPEN_MS.0,
-                faulted_at_ms: 0,
-            };
-            Rc::new(ReplicaCell { spec: spec.clone(), inner: RefCell::new(inner) })
+        if let Some(known) = self.replicas.get(&spec.replica) {
+            let mut inner = known.inner.borrow_mut();
+            if known.spec == spec || !matches!(inner.state, State::Refused(_)) {
+                return known.clone();
+            }
+            inner.state = State::Closed;
+        }
+        let inner = Inner {
+            state: State::Refused("it has not been opened".to_owned()),
+            files: None,
+            in_flight: 0,
+            generation: 0,
+            waiters: Vec::new(),
+            closed: None,
+            reopen_pause_ms: REOPEN_MS.0,
+            faulted_at_ms: 0,
         };
-        self.replicas.entry(spec.replica).or_insert_with(new).clone()
+        let cell = Rc::new(ReplicaCell { spec, inner: RefCell::new(inner) });
+        self.replicas.insert(cell.spec.replica, cell.clone());
+        cell
     }
 
     /// Lets the files of a closed replica go once nothing is in flight.

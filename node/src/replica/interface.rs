@@ -202,7 +202,7 @@ pub enum OpenError {
     #[error("meta file: both superblock copies are bad")]
     NoSuperblock { empty: bool },
     #[error("meta file belongs to {found}, expected {expected}")]
-    Foreign { found: ReplicaIds, expected: ReplicaIds },
+    Foreign { found: Box<ReplicaIds>, expected: Box<ReplicaIds> },
     #[error("meta file has layout version {found}, expected {expected}")]
     Layout { found: u32, expected: u32 },
     #[error("meta file says {found} blocks, expected {expected}")]

@@ -241,7 +241,7 @@ impl ReplicaCore {
             return Err(OpenError::NoSuperblock { empty });
         };
         if best.ids != expected.ids {
-            return Err(OpenError::Foreign { found: best.ids, expected: expected.ids });
+            return Err(OpenError::Foreign { found: best.ids.into(), expected: expected.ids.into() });
         }
         if best.blocks != expected.blocks {
             return Err(OpenError::Size { found: best.blocks, expected: expected.blocks });

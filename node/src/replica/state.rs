@@ -73,7 +73,7 @@ pub struct ReplicaCore {
 /// Where a replica stands.
 #[derive(Debug)]
 pub(super) enum Phase {
-    Opening(Opening),
+    Opening(Box<Opening>),
     Open,
     /// It could not be opened.
     Unopened,
@@ -100,11 +100,11 @@ pub(super) enum Changing {
 impl Changing {
     fn regions(self) -> impl Iterator<Item = u32> {
         let (span, list) = match self {
-            Self::Nothing => (1..=0, Vec::new()),
-            Self::Span(first, last) => (first..=last, Vec::new()),
-            Self::List(list) => (1..=0, list),
+            Self::Nothing => (None, Vec::new()),
+            Self::Span(first, last) => (Some(first..=last), Vec::new()),
+            Self::List(list) => (None, list),
         };
-        span.chain(list)
+        span.into_iter().flatten().chain(list)
     }
 }
 
@@ -162,7 +162,7 @@ impl ReplicaCore {
         Self {
             config,
             layout,
-            phase: Phase::Opening(opening),
+            phase: Phase::Opening(Box::new(opening)),
             now: 0,
             busy_at: 0,
             superblock,

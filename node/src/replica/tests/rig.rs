@@ -90,6 +90,9 @@ impl SimFile {
     }
 }
 
+/// Decides which operations fail.
+pub type Fault = Box<dyn Fn(&DiskIo) -> Option<DiskError>>;
+
 pub struct Rig {
     pub core: ReplicaCore,
     pub data: SimFile,
@@ -104,7 +107,7 @@ pub struct Rig {
     pub opened: Option<Result<OpenReport, OpenError>>,
     pub notices: Vec<Notice>,
     /// Answers disk operations with an error.
-    pub fail: Box<dyn Fn(&DiskIo) -> Option<DiskError>>,
+    pub fail: Fault,
     pub trace: Vec<DiskIo>,
     next_tag: u64,
     pub attach: AttachId,

@@ -163,7 +163,7 @@ fn foreign_and_truncated_files_are_refused_and_named() {
     other.ids.volume = VolumeId(uuid::Uuid::from_u128(77));
     let before = rig.meta.current.clone();
     rig.meta.current[..B].copy_from_slice(&other.encode());
-    assert_eq!(rig.reopen(), &Err(OpenError::Foreign { found: other.ids, expected: ids() }));
+    assert_eq!(rig.reopen(), &Err(OpenError::Foreign { found: other.ids.into(), expected: ids().into() }));
     let text = rig.opened.as_ref().unwrap().as_ref().unwrap_err().to_string();
     assert!(text.contains(&other.ids.volume.to_string()) && text.contains(&ids().volume.to_string()), "{text}");
     rig.meta.current = before;
