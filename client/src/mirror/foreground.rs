@@ -485,7 +485,9 @@ impl Mirror {
 
     fn reconsider(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {
         let required = self.required();
-        let hold = self.holds_acknowledgements();
+        // A member that left and is back joins under another attach: what it answers there says nothing of what it
+        // lost in between. Nothing is acknowledged until the set is one whose replicas all count (R2, R9).
+        let hold = self.holds_acknowledgements() || !required.within(self.live_members() | self.counting());
         let Some(op) = self.ops.get_mut(&id) else { return };
         match op.stage {
             Stage::Writing => {
