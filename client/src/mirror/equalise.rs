@@ -6,8 +6,9 @@
 //!
 //! Under the region's exclusive lock every replica hashes what is on its disk; a base is chosen per block, and
 //! only blocks that differ are copied, from node to node, or through here where the nodes can't reach each other.
-//! A copy in flight belongs to the *destination's* attach: if its source is lost before it answered, the
-//! destination's attach is given up too, before the lock is, so that no copy lands after a newer write.
+//! A copy in flight belongs to the *destination's* attach: if its source is lost before it answered, or could not
+//! say that every part of it was taken, the destination's attach is given up too, before the lock is, so that no
+//! copy lands after a newer write.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -25,6 +26,8 @@ use super::types::*;
 const FOREGROUND_MS: u64 = 50;
 /// While it does, one region is begun at most so often: 25 MiB/s and mirror at least, so that it always advances.
 const YIELDING_PACE_MS: u64 = 40;
+/// Nodes that could not reach each other are not tried again for so long, nor within one join: trying ends it.
+const NO_PATH_MS: u64 = 60_000;
 /// A region that could not be equalised is tried again after this.
 const RETRY_MS: u64 = 2_000;
 
@@ -87,6 +90,8 @@ pub(super) struct Background {
     pub compares: VecDeque<(RegionIndex, u64, bool)>,
     /// Regions that failed, and when to try again.
     pub retry_at: BTreeMap<RegionIndex, u64>,
+    /// Replicas whose nodes could not reach each other, source and destination, and when that was found.
+    pub no_path: BTreeMap<(usize, usize), u64>,
     /// A run lost somebody and must be looked at.
     pub stirred: bool,
 }
@@ -98,6 +103,11 @@ impl Mirror {
 
     pub(super) fn compare(&mut self, region: RegionIndex, id: u64, repair: bool) {
         self.background.compares.push_back((region, id, repair));
+    }
+
+    /// A join begins: nodes that could not reach this one some time ago may try again.
+    pub(super) fn forget_old_paths(&mut self, now: u64, slot: usize) {
+        self.background.no_path.retain(|(_, target), found| *target != slot || now < *found + NO_PATH_MS);
     }
 
     /// Begins what is due: demanded regions at once, the rest as the foreground leaves room.
@@ -218,12 +228,16 @@ impl Mirror {
                 self.count_copied(target, bits(&blocks).count())
             }
             (
-                Outstanding::Copy { source, target, blocks },
-                Reply::Failed { code: Code::PeerUnreachable | Code::PeerRefused, .. },
+                Outstanding::Copy { source, target, .. },
+                Reply::Failed { code: code @ (Code::PeerUnreachable | Code::PeerRefused), .. },
             ) => {
-                // What of it arrived is right, and under the lock: the rest goes through here.
-                let base = u64::from(region.0) * REGION_BLOCKS;
-                run.relays.extend(runs(&blocks).map(|(at, n)| (source, target, base + at as u64, n)));
+                // Some of it may still be on its way, and would land on whatever is written once the lock is gone:
+                // the destination's attach goes first. Next time it goes through here.
+                if code == Code::PeerUnreachable {
+                    self.background.no_path.insert((source, target), now);
+                }
+                run.failed = true;
+                self.lost.push_back((target, FaultReason::CopyInDoubt));
             }
             (Outstanding::RelayRead { target, block, count }, Reply::Read { block: b, sums, data })
                 if b.0 == block && sums.len() as u32 == count && sums_match(&data, &sums) =>
@@ -371,6 +385,12 @@ impl Mirror {
         if !self.still_takes_part(region, source) || !self.still_takes_part(region, target) {
             // The target is out, or will be compared again from another base.
             self.equalising.get_mut(&region).expect("runs").failed |= self.slots[target].is_live();
+            return;
+        }
+        if self.background.no_path.contains_key(&(source, target)) {
+            let base = u64::from(region.0) * REGION_BLOCKS;
+            let run = self.equalising.get_mut(&region).expect("runs");
+            run.relays.extend(runs(&blocks).map(|(at, n)| (source, target, base + at as u64, n)));
             return;
         }
         let attach = self.slots[target].attach.as_ref().expect("live").id;

@@ -48,6 +48,7 @@ pub(super) enum JoinStage {
 impl Mirror {
     /// Begins the join of a replica that has just been attached, or was left out by the opening's decision.
     pub(super) fn start_join(&mut self, now: u64, slot: usize, out: &mut Vec<Output>) {
+        self.forget_old_paths(now, slot);
         let attach = self.slots[slot].attach.as_mut().expect("attached");
         let info = attach.info();
         // More than one clean behind: an image from before cleans that it took part in (R6).
