@@ -94,6 +94,8 @@ pub(super) struct Op {
     /// Blocks read so far, when reading block by block.
     pieces: BytesMut,
     resends: u8,
+    /// It was sent to somebody to be done, be it under an attach that is gone.
+    had_effect: bool,
     pub answered: bool,
 }
 
@@ -129,6 +131,7 @@ impl Op {
             tried: Mask::EMPTY,
             pieces: BytesMut::new(),
             resends: 0,
+            had_effect: false,
             answered: false,
         }
     }
@@ -199,6 +202,10 @@ impl Mirror {
 
     pub(super) fn abort(&mut self, id: u64, out: &mut Vec<Output>) {
         let Some(op) = self.ops.get(&id) else { return };
+        if op.had_effect {
+            // It began again after every member was lost: parts of it may be on disks.
+            return;
+        }
         match op.stage {
             Stage::Backlog => {
                 self.backlog.retain(|b| *b != id);
@@ -427,6 +434,7 @@ impl Mirror {
         let fua = !self.cfg.write_cache || self.members.len() == 1;
         let op = self.ops.get_mut(&id).expect("open");
         op.stage = Stage::Writing;
+        op.had_effect = true;
         (op.sent, op.pending, op.done) = (targets, targets, Mask::EMPTY);
         op.fua |= fua;
         for region in op.regions() {
