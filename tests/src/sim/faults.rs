@@ -238,7 +238,7 @@ impl World {
     /// Everything is well from here on: all processes run, everybody reaches everybody.
     pub fn heal(&mut self) {
         self.log(|| "everything heals".to_owned());
-        self.faults_on = false;
+        (self.faults_on, self.healed) = (false, true);
         self.net.heal_all();
         self.stir_network();
         self.calm(Party::Control);

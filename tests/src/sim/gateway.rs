@@ -153,6 +153,10 @@ impl World {
             }
             return;
         }
+        if !g.wanted && self.healed {
+            // It opened late what another is to serve: with nothing in the way it hands over by itself.
+            self.close_session(gateway);
+        }
         self.tend_links(gateway, now);
         self.gateway_step(gateway, Input::Tick);
         if let Some(session) = &mut self.gateways[gateway].session
@@ -279,10 +283,14 @@ impl World {
             }
             Output::GiveUp { slot, attach } => self.log(|| format!("gateway {gateway} gives up {attach} at node {slot}")),
             Output::Complete { id, outcome } => {
-                if now < session.lease_until {
+                let live = now < session.lease_until;
+                if outcome == OpOutcome::Done {
+                    self.acknowledged(gateway, id);
+                }
+                if live {
                     self.reply(gateway, id, outcome);
                 } else {
-                    session.held.push((id, outcome));
+                    self.gateways[gateway].session.as_mut().expect("it is stepping").held.push((id, outcome));
                     self.counters.held_replies += 1;
                 }
             }
@@ -307,7 +315,8 @@ impl World {
             Output::Closed { clean } => {
                 let (epoch, open) = (session.epoch, session.ops.len());
                 self.log(|| format!("gateway {gateway} closed, clean: {clean}"));
-                if open > 0 {
+                // A close that could not be clean ends the session as a kill does; a clean one answers everything.
+                if open > 0 && clean {
                     return self.fail(format!("gateway {gateway} closed with {open} requests unanswered"));
                 }
                 self.gateways[gateway].closed_clean = Some(clean);

@@ -49,6 +49,8 @@ struct Record {
     at: u64,
     told_at: Option<u64>,
     told: Told,
+    /// When its session ended without an answer to it.
+    given_up: Option<u64>,
     /// A read's values.
     values: Vec<Value>,
 }
@@ -110,7 +112,8 @@ impl History {
     pub fn ask(&mut self, asked: Asked, first: u64, count: u64, durable: bool) -> Value {
         let at = self.now();
         let values = Vec::new();
-        self.records.push(Record { asked, first, count, durable, at, told_at: None, told: Told::Nothing, values });
+        let (told_at, told, given_up) = (None, Told::Nothing, None);
+        self.records.push(Record { asked, first, count, durable, at, told_at, told, given_up, values });
         self.records.len() as Value
     }
 
@@ -120,6 +123,12 @@ impl History {
         let record = &mut self.records[number as usize - 1];
         assert!(record.told_at.is_none(), "request {number} answered twice");
         (record.told_at, record.told, record.values) = (Some(now), told, values);
+    }
+
+    /// It will never be answered: its session is over.
+    pub fn give_up(&mut self, number: Value) {
+        let now = self.now();
+        self.records[number as usize - 1].given_up = Some(now);
     }
 
     /// POWER ON was announced.
@@ -245,7 +254,9 @@ impl Register<'_> {
         for i in self.entries.iter().map(|i| *i as usize).filter(|i| records[*i].asked != Asked::Read) {
             let r = &records[i];
             let done = done_at(r);
-            if r.at > to || done.is_some_and(|at| at <= from) || (done.is_none() && r.at < from) {
+            // Before its session was over it was tried again after the caches were lost (R8).
+            let over = r.given_up.or(r.told_at).is_some_and(|at| at <= from);
+            if r.at > to || done.is_some_and(|at| at <= from) || (done.is_none() && over) {
                 continue;
             }
             let begun = r.at.max(from);
@@ -258,6 +269,7 @@ impl Register<'_> {
             }
             clusters.push(Cluster::new(self.writes_value(i), begun, ended));
         }
+        // A request that was under way when the piece began stands in it for itself, later in the list.
         let by_value: BTreeMap<Value, usize> =
             clusters.iter().enumerate().filter(|(_, c)| c.value != 0).map(|(i, c)| (c.value, i)).collect();
         let zeroes: Vec<usize> = (0..clusters.len()).filter(|i| clusters[*i].value == 0).collect();

@@ -191,13 +191,24 @@ impl World {
         }
     }
 
+    /// The mirror acknowledges a request, which is still under its locks; the lease may hold the reply up.
+    pub(super) fn acknowledged(&mut self, gateway: usize, id: u64) {
+        let Some(session) = &self.gateways[gateway].session else { return };
+        let Some(client) = session.ops.get(&id).copied() else { return };
+        // Nothing that a superseded session says is passed on.
+        if session.epoch == self.control.epoch
+            && let Some(Out { number, block, data: Some(data), moment, .. }) = self.work.clients[client].clone()
+        {
+            self.check_acknowledged(number, block, &data, moment);
+        }
+    }
+
     /// A request's outcome reaches its initiator.
     pub(super) fn reply(&mut self, gateway: usize, id: u64, outcome: OpOutcome) {
         let session = self.gateways[gateway].session.as_mut().expect("a session replies");
         let Some(client) = session.ops.remove(&id) else {
             return self.fail(format!("gateway {gateway} answers request {id}, which is not open"));
         };
-        let epoch = session.epoch;
         let out = self.work.clients[client].take().expect("its client waits for it");
         let number = out.number;
         self.fold(&(number, std::mem::discriminant(&outcome)));
@@ -244,12 +255,6 @@ impl World {
             }
             other => format!("client {client}: {number} {other:?}"),
         });
-        if told == Told::Done
-            && epoch == self.control.epoch
-            && let Some(data) = &out.data
-        {
-            self.check_acknowledged(number, out.block, data, out.moment);
-        }
         self.history.tell(number, told, values);
         let wait = self.rng.below(self.work.think + 1);
         self.after(wait, Event::Client { client });
@@ -272,7 +277,9 @@ impl World {
     pub(super) fn dropped(&mut self, clients: impl Iterator<Item = usize>) {
         for client in clients {
             self.counters.unanswered += 1;
-            self.work.clients[client] = None;
+            if let Some(out) = self.work.clients[client].take() {
+                self.history.give_up(out.number);
+            }
             let wait = self.rng.below(200 * MS);
             self.after(wait, Event::Client { client });
         }

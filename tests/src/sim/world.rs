@@ -228,6 +228,7 @@ pub struct World {
     pub(super) invariants: Invariants,
     pub counters: Counters,
     pub(super) faults_on: bool,
+    pub(super) healed: bool,
     /// Folded over every event.
     digest: u64,
     failure: Option<String>,
@@ -297,6 +298,7 @@ impl World {
             invariants: Invariants::new(setup.nodes, layout.regions),
             counters: Counters::default(),
             faults_on: false,
+            healed: false,
             digest: 0xcbf2_9ce4_8422_2325,
             failure: None,
             setup,
