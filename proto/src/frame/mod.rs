@@ -24,6 +24,8 @@ mod body;
 mod header;
 mod reply;
 mod request;
+#[cfg(test)]
+mod tests;
 
 pub use body::{block_sum, block_sums, zero_block_sum};
 pub use header::{FLAG_FUA, HEADER_LEN, Header, REPLY_BIT};
