@@ -656,14 +656,14 @@ impl Mirror {
             Phase::Serving if self.change.is_some() && !self.live_members_complete() => {
                 Some("writes wait for the in-sync set to be committed".to_owned())
             }
-            Phase::Serving if self.members.len() < self.cfg.min_in_sync => {
-                Some(format!("writes wait: {} replicas in sync, {} wanted", self.members.len(), self.cfg.min_in_sync))
-            }
             Phase::Serving if !self.settling.blocked.is_empty() => Some(format!(
                 "{} regions wait for replica {} or recover-volume --force",
                 self.settling.blocked.len(),
                 self.ids_of(self.awaited).iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
             )),
+            Phase::Serving if self.members.len() < self.cfg.min_in_sync => {
+                Some(format!("writes wait: {} replicas in sync, {} wanted", self.members.len(), self.cfg.min_in_sync))
+            }
             _ => None,
         }
     }
