@@ -74,10 +74,12 @@ impl SimFile {
         }
     }
 
+    /// Durable at once: see what `world` withholds.
     fn punch(&mut self, offset: u64, len: u64) {
         self.seq += 1;
         for page in offset / PAGE..(offset + len) / PAGE {
-            self.put(page, None);
+            self.pages[page as usize] = Page::default();
+            self.unsynced.remove(&page);
         }
     }
 
