@@ -28,6 +28,8 @@ pub(super) struct Settling {
     /// Suspect on every reachable member, while others, [`Self::left_behind`], may know better.
     pub blocked: RegionSet,
     pub left_behind: Mask,
+    /// Somebody was waited for before this opening: it has missed writes to regions that are suspect by now.
+    awaited_before: bool,
     /// Regions that were blocked, for which these replicas are bases as well although no members.
     pub released: RegionSet,
     pub extra_bases: Mask,
@@ -141,8 +143,7 @@ impl Mirror {
         let eligible: Mask = reached.iter().filter(|s| !is(*s).as_new).collect();
         let intact: Mask = eligible.iter().filter(|s| is(*s).info().suspect == 0 || is(*s).info().durable).collect();
         let restarted = intact.is_empty();
-        let (mut blocked, mut left_behind, mut extra_bases) = (RegionSet::new(), Mask::EMPTY, Mask::EMPTY);
-        let mut released = RegionSet::new();
+        let (mut blocked, mut left_behind) = (RegionSet::new(), Mask::EMPTY);
         let keep = if !restarted {
             intact
         } else if eligible.is_empty() {
@@ -155,13 +156,9 @@ impl Mirror {
             for slot in eligible.iter() {
                 suspect.union_with(&is(slot).listed.as_ref().expect("ready").suspect);
             }
-            // A replica that left while these regions waited for it knows them only as long as the members are the
-            // same processes: after a restart, regions written without it are suspect as well.
-            let usable = eligible.iter().all(|s| !is(s).restarted);
-            if self.forced || (missing.is_empty() && (self.awaited.is_empty() || usable)) {
-                extra_bases = self.awaited - missing;
-                released = suspect;
-            } else {
+            // A replica that left while regions waited for it does not know those that were written without it, and
+            // if a member restarted after that, they are suspect as well: nobody can tell which are which.
+            if !self.forced && !(missing.is_empty() && self.awaited.is_empty()) {
                 if now < since + RESTARTED_MS {
                     return;
                 }
@@ -172,7 +169,7 @@ impl Mirror {
         };
         self.forced = false;
         self.clean = keep.iter().map(|s| is(s).info().set.clean).max().expect("somebody is kept").max(self.clean);
-        let (dirty, allocated) = self.union_of_lists(keep | extra_bases);
+        let (dirty, allocated) = self.union_of_lists(keep);
         let mut unsettled = RegionSet::new();
         for region in dirty.iter() {
             self.dirty.found(region, now, self.flush_next);
@@ -186,7 +183,8 @@ impl Mirror {
             blocked: blocked.len(),
             awaited: self.ids_of(left_behind),
         }));
-        self.settling = Settling { unsettled, blocked, left_behind, released, extra_bases, ..Settling::default() };
+        let awaited_before = !self.awaited.is_empty();
+        self.settling = Settling { unsettled, blocked, left_behind, awaited_before, ..Settling::default() };
         self.phase = Phase::Serving;
         self.recheck = true;
         for slot in 0..self.slots.len() {
@@ -275,11 +273,7 @@ impl Mirror {
     fn try_release(&mut self, now: u64, out: &mut Vec<Output>) {
         let regions = self.regions();
         let others = self.settling.left_behind;
-        let usable = self.live_members().iter().all(|s| {
-            let attach = self.slots[s].attach.as_ref().expect("live");
-            !attach.restarted || !self.awaited_before_opening()
-        });
-        let mut all_here = usable;
+        let mut all_here = !self.settling.awaited_before;
         for slot in others.iter() {
             let here = self.slots[slot].join().is_some();
             all_here &= here && self.slots[slot].attach.as_ref().is_some_and(|a| a.listing_done(regions));
@@ -303,12 +297,6 @@ impl Mirror {
         self.settling.released.union_with(&blocked);
         self.settling.left_behind = Mask::EMPTY;
         self.recheck = true;
-    }
-
-    /// Whether the replicas that are waited for were left behind by a session before this opening: then only
-    /// members that have not restarted since still know which regions waited.
-    fn awaited_before_opening(&self) -> bool {
-        !self.cfg.awaited.is_empty()
     }
 
     /// The members' superblocks are behind what is committed: a removal was committed and its owner died.
