@@ -178,19 +178,30 @@ impl Mirror {
             return;
         }
         self.phase = Phase::Closing;
-        self.closing_flush = Some(self.want_flush());
+        self.closing_flush = None;
     }
 
     pub(super) fn advance_close(&mut self, now: u64, out: &mut Vec<Output>) {
-        let (Phase::Closing, Some(flush)) = (self.phase, self.closing_flush) else { return };
+        if self.phase != Phase::Closing {
+            return;
+        }
         let members = self.live_members();
         if !self.ops.is_empty() || !self.equalising.is_empty() || self.change.is_some() || self.cleaning.is_some() {
             if !self.ops.is_empty() || !self.equalising.is_empty() {
-                // Cover what ends after the close began.
-                self.closing_flush = Some(self.want_flush());
+                // The last flush begins when these have ended.
+                self.closing_flush = None;
             }
             return;
         }
+        let flush = match self.closing_flush {
+            Some(flush) => flush,
+            None => {
+                let flush = self.want_flush();
+                self.closing_flush = Some(flush);
+                self.advance_flush(now, out);
+                flush
+            }
+        };
         if !self.flushed(flush, members) {
             if flush < self.flush_next && self.flush_pending.is_empty() {
                 self.closing_flush = Some(self.want_flush());

@@ -112,14 +112,14 @@ impl Mirror {
 
     /// Begins what is due: demanded regions at once, the rest as the foreground leaves room.
     pub(super) fn advance_background(&mut self, now: u64, out: &mut Vec<Output>) {
-        if !matches!(self.phase, Phase::Serving) {
+        if !matches!(self.phase, Phase::Serving | Phase::Closing) {
             return;
         }
         self.background.retry_at.retain(|_, at| now < *at);
         while self.equalising.len() < limits::MAX_DEMANDED_REGIONS {
             let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
             let next = (self.settling.demanded.iter().copied().find(free))
-                .or_else(|| self.background.repairs.iter().copied().find(free));
+                .or_else(|| self.background.repairs.iter().copied().find(free).filter(|_| self.phase == Phase::Serving));
             let Some(region) = next else { break };
             self.background.repairs.remove(&region);
             self.begin_equalise(now, region, Vec::new(), false, out);
@@ -131,6 +131,10 @@ impl Mirror {
             } else {
                 self.begin_equalise(now, region, vec![id], !repair, out);
             }
+        }
+        if self.phase == Phase::Closing {
+            // Only what a request still waits for.
+            return;
         }
         let yielding = now < self.foreground_at + FOREGROUND_MS;
         let most = if yielding { 1 } else { limits::MAX_BACKGROUND_REGIONS };
