@@ -138,13 +138,6 @@ fn judge_volume(status: &ClusterStatus, volume: &VolumeInfo, verdict: &mut Verdi
             if let (Some(gateway), VolumeState::Ready) = (&volume.export, volume.state) {
                 verdict.note(Health::Waiting, format!("volume {name} waits for {gateway} to open it"));
             }
-            let short = volume.mirrors.iter().filter(|mirror| missing_from_set(mirror) > 0).count();
-            if short > 0 {
-                verdict.note(
-                    Health::Degraded,
-                    format!("volume {name}: {short} mirrors have replicas that are not in sync"),
-                );
-            }
         }
         // A stale answer never has a report; the missing quorum says enough.
         Owner::Silent(_) if status.stale => {}
@@ -158,25 +151,74 @@ fn judge_volume(status: &ClusterStatus, volume: &VolumeInfo, verdict: &mut Verdi
                     verdict.note(Health::Waiting, format!("volume {name}: mirror {index} waits: {waiting}"));
                 }
             }
-            let replicas = session.report.mirrors.iter().flat_map(|mirror| &mirror.replicas);
-            let count = |condition| replicas.clone().filter(|replica| replica.condition == condition).count();
-            for (condition, words) in [
-                (ReplicaCondition::Joining, "coming back"),
-                (ReplicaCondition::Missing, "missing"),
-                (ReplicaCondition::Refused, "refused"),
-            ] {
-                let n = count(condition);
-                if n > 0 {
-                    let total = replicas.clone().count();
-                    verdict.note(Health::Degraded, format!("volume {name}: {n} of {total} replicas {words}"));
-                }
-            }
+        }
+    }
+    let session = last_report(status, volume);
+    let standings: Vec<Standing<'_>> = volume
+        .mirrors
+        .iter()
+        .flat_map(|mirror| mirror.replicas.iter().map(move |replica| standing(mirror, replica, session)))
+        .collect();
+    for (words, is) in [
+        ("coming back", (|s| matches!(s, Standing::Joining(_))) as fn(&Standing<'_>) -> bool),
+        ("missing", |s| matches!(s, Standing::Missing(_))),
+        ("refused", |s| matches!(s, Standing::Refused(_))),
+        ("not in sync", |s| matches!(s, Standing::NotInSync)),
+    ] {
+        let n = standings.iter().filter(|standing| is(standing)).count();
+        if n > 0 {
+            verdict.note(Health::Degraded, format!("volume {name}: {n} of {} replicas {words}", standings.len()));
         }
     }
 }
 
-fn missing_from_set(mirror: &MirrorInfo) -> usize {
-    if mirror.in_sync.version.0 == 0 { 0 } else { mirror.replicas.len() - mirror.in_sync.members.len() }
+/// What the volume's owner said last, heard lately or not.
+fn last_report<'a>(status: &'a ClusterStatus, volume: &VolumeInfo) -> Option<&'a SessionStatus> {
+    match owner(status, volume) {
+        Owner::Heard(session) | Owner::Silent(Some(session)) => Some(session),
+        _ => None,
+    }
+}
+
+/// Where a replica stands: what raft has committed, and beyond that what the owner reports. The owner knows first
+/// that a replica is in trouble, raft that one has left: of both the worse is believed.
+enum Standing<'a> {
+    Failed(&'a str),
+    Creating,
+    /// Made, and no set is committed yet.
+    Ready,
+    /// `true`: the owner says so too.
+    InSync(bool),
+    /// Left the set, and the owner has not said more about it.
+    NotInSync,
+    Joining(&'a ReplicaReport),
+    Missing(&'a ReplicaReport),
+    Refused(&'a ReplicaReport),
+}
+
+fn standing<'a>(mirror: &'a MirrorInfo, replica: &'a ReplicaInfo, session: Option<&'a SessionStatus>) -> Standing<'a> {
+    if let Some(failure) = &replica.failure {
+        return Standing::Failed(failure);
+    }
+    if !replica.ready {
+        return Standing::Creating;
+    }
+    let reports = session.into_iter().flat_map(|session| &session.report.mirrors);
+    let report = reports
+        .filter(|known| known.mirror == mirror.id)
+        .flat_map(|known| &known.replicas)
+        .find(|known| known.replica == replica.id);
+    match report.map(|report| (report.condition, report)) {
+        Some((ReplicaCondition::Joining, report)) => return Standing::Joining(report),
+        Some((ReplicaCondition::Missing, report)) => return Standing::Missing(report),
+        Some((ReplicaCondition::Refused, report)) => return Standing::Refused(report),
+        Some((ReplicaCondition::InSync, _)) | None => {}
+    }
+    match mirror.in_sync.version.0 {
+        0 => Standing::Ready,
+        _ if mirror.in_sync.members.contains(&replica.id) => Standing::InSync(report.is_some()),
+        _ => Standing::NotInSync,
+    }
 }
 
 fn heard(status: &ClusterStatus, heard_unix_ms: Option<u64>) -> bool {
@@ -200,36 +242,25 @@ pub fn place_of(view: &ClusterView, volume: &VolumeInfo, id: ReplicaId) -> Strin
 }
 
 /// Where a replica stands, in words.
-fn replica_words(
-    status: &ClusterStatus,
-    mirror: &MirrorInfo,
-    replica: &ReplicaInfo,
-    report: Option<&MirrorReport>,
-) -> String {
-    if let Some(failure) = &replica.failure {
-        return format!("cannot be created: {failure}");
-    }
-    if !replica.ready {
-        return "being created".into();
-    }
-    let Some(report) = report.and_then(|report| report.replicas.iter().find(|known| known.replica == replica.id))
-    else {
-        return match mirror.in_sync.version.0 {
-            0 => "ready".into(),
-            _ if mirror.in_sync.members.contains(&replica.id) => "in sync (last committed)".into(),
-            _ => "not in sync".into(),
-        };
+fn standing_words(now_unix_ms: u64, standing: &Standing<'_>) -> String {
+    let since = |word: &str, report: &ReplicaReport| {
+        let reason = if report.reason.is_empty() { String::new() } else { format!(" ({})", report.reason) };
+        format!("{word} since {}{reason}", render::ago(now_unix_ms, report.since_unix_ms))
     };
-    let since = render::ago(status.now_unix_ms, report.since_unix_ms);
-    let reason = if report.reason.is_empty() { String::new() } else { format!(" ({})", report.reason) };
-    match report.condition {
-        ReplicaCondition::InSync => "in sync".into(),
-        ReplicaCondition::Missing => format!("missing since {since}{reason}"),
-        ReplicaCondition::Refused => format!("refused since {since}{reason}"),
-        ReplicaCondition::Joining => {
+    match standing {
+        Standing::Failed(failure) => format!("cannot be created: {failure}"),
+        Standing::Creating => "being created".into(),
+        Standing::Ready => "ready".into(),
+        Standing::InSync(true) => "in sync".into(),
+        Standing::InSync(false) => "in sync (last committed)".into(),
+        Standing::NotInSync => "not in sync".into(),
+        Standing::Missing(report) => since("missing", report),
+        Standing::Refused(report) => since("refused", report),
+        Standing::Joining(report) => {
             let done = report.regions_total.saturating_sub(report.regions_todo);
             let percent = done * 100 / report.regions_total.max(1);
             let left = report.eta_ms.map(|eta| format!(", {} left", render::span(Duration::from_millis(eta))));
+            let reason = if report.reason.is_empty() { String::new() } else { format!(" ({})", report.reason) };
             format!(
                 "joining {percent}%, {} copied, {}/s{}{reason}",
                 size::show(report.bytes_copied),
@@ -242,10 +273,7 @@ fn replica_words(
 
 /// The mirrors of a volume, a row for each replica.
 pub fn mirror_table(status: &ClusterStatus, volume: &VolumeInfo) -> String {
-    let session = match owner(status, volume) {
-        Owner::Heard(session) | Owner::Silent(Some(session)) => Some(session),
-        _ => None,
-    };
+    let session = last_report(status, volume);
     let rows = volume.mirrors.iter().enumerate().flat_map(|(index, mirror)| {
         let report = session.and_then(|session| session.report.mirrors.iter().find(|known| known.mirror == mirror.id));
         let serves = match report {
@@ -261,7 +289,7 @@ pub fn mirror_table(status: &ClusterStatus, volume: &VolumeInfo) -> String {
                 first(serves.clone()),
                 first(dirty.clone()),
                 place(&status.view, replica),
-                replica_words(status, mirror, replica, report),
+                standing_words(status.now_unix_ms, &standing(mirror, replica, session)),
             ]
         })
     });
@@ -625,6 +653,15 @@ mod tests {
         silent.sessions[0].heard_unix_ms = 80_000;
         assert_eq!(judge(&silent).health, Health::Waiting);
         assert!(text(&silent).contains("last heard 20 s ago"));
+    }
+
+    #[test]
+    fn a_replica_that_left_the_set_is_not_called_in_sync_by_an_older_report() {
+        let mut left = status();
+        left.view.volumes[0].mirrors[0].in_sync.members.pop();
+        assert_eq!(judge(&left).why, ["volume tank: 1 of 3 replicas not in sync"]);
+        left.sessions[0].report.mirrors.clear();
+        assert_eq!(judge(&left).health, Health::Degraded, "before the first report too");
     }
 
     #[test]

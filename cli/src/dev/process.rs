@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
@@ -66,6 +67,14 @@ fn boot() -> Outcome<String> {
     Ok(text.trim().to_owned())
 }
 
+/// Whether all threads of a process have ended, though its parent may not have noticed.
+fn has_ended(pid: i32) -> bool {
+    let process = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let Some(process) = process else { return true };
+    let mut ended = [PollFd::new(&process, PollFlags::IN)];
+    matches!(poll(&mut ended, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1))
+}
+
 impl Identity {
     /// The identity of a process that was just started by us.
     ///
@@ -96,8 +105,8 @@ impl Identity {
         }
         match stat(self.pid) {
             Some(stat) if stat.started_ticks == self.started_ticks => match stat.state {
-                // A zombie has ended; its parent has not noticed.
-                'Z' | 'X' | 'x' => State::Down,
+                // Its first thread has ended; others may still hold its sockets and locks.
+                'Z' | 'X' | 'x' if has_ended(self.pid) => State::Down,
                 'T' | 't' => State::Stopped,
                 _ => State::Running,
             },

@@ -6,8 +6,11 @@
 //! return any version from the floor at its begin to the newest at its end; once one has returned a version, no
 //! read that begins later may return an older one (R3). Discards and zeroes are writes of zeroes, which look all
 //! alike: a read remembers which of them it may have met.
+//!
+//! Where every cache was lost at once, writes that no flush covered may be gone (R9): [`History::caches_lost`] opens
+//! each such sector to any version since the last durable one, until a read has seen which it is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use client::block::SECTOR;
@@ -33,6 +36,12 @@ impl Version {
 struct Sector {
     floor: Version,
     newest: Version,
+    /// No crash takes this one back.
+    durable: Version,
+    /// The last write of zeroes.
+    zeroes: Version,
+    /// Caches were lost, and no read has told yet what is there.
+    uncertain: bool,
 }
 
 /// A write that is under way.
@@ -69,6 +78,13 @@ struct Noted {
 #[derive(Debug)]
 pub struct Reading(u64);
 
+/// A flush that is under way.
+#[derive(Debug)]
+pub struct Flushing {
+    /// It covers so many of all answered writes.
+    answered: u64,
+}
+
 /// A sector that holds what it must not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wrong {
@@ -94,12 +110,22 @@ pub struct History {
     writing: BTreeMap<u64, u64>,
     reading: BTreeMap<u64, Noted>,
     next_read: u64,
+    /// Answered writes that no flush has covered, in the order of their answers.
+    unflushed: VecDeque<(Sectors, Version)>,
+    /// Answered writes that are durable.
+    flushed: u64,
 }
 
 impl History {
     /// A device of so many sectors that was never written.
     pub fn new(seed: u64, sectors: u64) -> Self {
-        let never = Sector { floor: Version::NEVER, newest: Version::NEVER };
+        let never = Sector {
+            floor: Version::NEVER,
+            newest: Version::NEVER,
+            durable: Version::NEVER,
+            zeroes: Version::NEVER,
+            uncertain: false,
+        };
         Self {
             seed,
             sectors: vec![never; sectors as usize],
@@ -107,6 +133,8 @@ impl History {
             writing: BTreeMap::new(),
             reading: BTreeMap::new(),
             next_read: 0,
+            unflushed: VecDeque::new(),
+            flushed: 0,
         }
     }
 
@@ -117,7 +145,7 @@ impl History {
 
     /// Whether a write is under way somewhere in the range.
     pub fn is_being_written(&self, range: &Sectors) -> bool {
-        self.writing.range(..range.end).next_back().is_some_and(|(_, end)| *end > range.start)
+        overlaps(&self.writing, range)
     }
 
     /// A write of data begins. What it writes is [`Writing::content`].
@@ -142,6 +170,9 @@ impl History {
         let version = Version(self.last & !1 | zeroes);
         for sector in &mut self.sectors[range.start as usize..range.end as usize] {
             sector.newest = version;
+            if version.is_zeroes() {
+                sector.zeroes = version;
+            }
         }
         self.writing.insert(range.start, range.end);
         if version.is_zeroes() {
@@ -155,12 +186,44 @@ impl History {
         Writing { range, version }
     }
 
-    /// The write was answered.
-    pub fn end_write(&mut self, writing: Writing) {
-        self.writing.remove(&writing.range.start);
-        for sector in &mut self.sectors[writing.range.start as usize..writing.range.end as usize] {
-            assert_eq!(sector.newest, writing.version, "writes of a sector follow one another");
-            sector.floor = writing.version;
+    /// The write was answered; `durable`: it was asked to be (FUA).
+    pub fn end_write(&mut self, writing: Writing, durable: bool) {
+        let Writing { range, version } = writing;
+        self.writing.remove(&range.start);
+        for sector in &mut self.sectors[range.start as usize..range.end as usize] {
+            assert_eq!(sector.newest, version, "writes of a sector follow one another");
+            sector.floor = version;
+            sector.uncertain = false;
+            if durable {
+                sector.durable = version;
+            }
+        }
+        self.unflushed.push_back((range, version));
+    }
+
+    /// A flush begins: it covers the writes that were answered before.
+    pub fn begin_flush(&self) -> Flushing {
+        Flushing { answered: self.flushed + self.unflushed.len() as u64 }
+    }
+
+    /// The flush was answered.
+    pub fn end_flush(&mut self, flushing: Flushing) {
+        while self.flushed < flushing.answered {
+            let Some((range, version)) = self.unflushed.pop_front() else { break };
+            self.flushed += 1;
+            for sector in &mut self.sectors[range.start as usize..range.end as usize] {
+                sector.durable = sector.durable.max(version);
+            }
+        }
+    }
+
+    /// Every process died at once, so that every cache was lost: what no flush covered may be gone.
+    pub fn caches_lost(&mut self) {
+        self.flushed += self.unflushed.len() as u64;
+        self.unflushed.clear();
+        for sector in self.sectors.iter_mut().filter(|sector| sector.durable != sector.newest) {
+            sector.floor = sector.durable;
+            sector.uncertain = true;
         }
     }
 
@@ -168,7 +231,10 @@ impl History {
     pub fn begin_read(&mut self, range: Sectors) -> Reading {
         let sectors = &self.sectors[range.start as usize..range.end as usize];
         let floors = sectors.iter().map(|sector| sector.floor).collect();
-        let zeroes = sectors.iter().map(|s| [s.floor, s.newest].into_iter().find(|version| version.is_zeroes()));
+        let zeroes = sectors.iter().map(|s| {
+            let possible = [s.floor, s.newest, if s.uncertain { s.zeroes } else { s.floor }];
+            possible.into_iter().find(|version| version.is_zeroes() && *version >= s.floor)
+        });
         let noted = Noted { range, floors, zeroes: zeroes.collect() };
         self.next_read += 1;
         self.reading.insert(self.next_read, noted);
@@ -202,12 +268,26 @@ impl History {
                 _ => None,
             };
             match version {
-                Some(version) => sector.floor = sector.floor.max(version),
+                Some(version) => {
+                    sector.floor = sector.floor.max(version);
+                    if std::mem::take(&mut sector.uncertain) && !being_written(&self.writing, number) {
+                        // What was lost does not come back, and this one does not go any more.
+                        sector.newest = sector.floor;
+                    }
+                }
                 None => wrong.push(Wrong { sector: number, found, allowed: allowed(floor, sector.newest) }),
             }
         }
         wrong
     }
+}
+
+fn overlaps(writing: &BTreeMap<u64, u64>, range: &Sectors) -> bool {
+    writing.range(..range.end).next_back().is_some_and(|(_, end)| *end > range.start)
+}
+
+fn being_written(writing: &BTreeMap<u64, u64>, sector: u64) -> bool {
+    overlaps(writing, &(sector..sector + 1))
 }
 
 fn allowed(floor: Version, newest: Version) -> String {
@@ -218,7 +298,7 @@ fn allowed(floor: Version, newest: Version) -> String {
     };
     match floor == newest {
         true => name(floor),
-        false => format!("{} or {}", name(floor), name(newest)),
+        false => format!("{} to {}", name(floor), name(newest)),
     }
 }
 
@@ -237,7 +317,7 @@ mod tests {
         assert_eq!(check(&mut history, 0..2, &[0; 1024]), 0);
         let write = history.begin_write(0..2);
         let data = write.content(1);
-        history.end_write(write);
+        history.end_write(write, false);
         assert_eq!(check(&mut history, 0..2, &data), 0);
         assert_eq!(check(&mut history, 0..2, &[0; 1024]), 2, "a lost write");
         assert_eq!(check(&mut history, 1..3, &data), 2, "misplaced data");
@@ -248,13 +328,13 @@ mod tests {
         let mut history = History::new(1, 64);
         let first = history.begin_write(0..1);
         let old = first.content(1);
-        history.end_write(first);
+        history.end_write(first, false);
         let second = history.begin_write(0..1);
         let new = second.content(1);
         assert_eq!(check(&mut history, 0..1, &old), 0);
         assert_eq!(check(&mut history, 0..1, &new), 0);
         assert_eq!(check(&mut history, 0..1, &old), 1, "seen, and gone again (R3)");
-        history.end_write(second);
+        history.end_write(second, false);
         assert_eq!(check(&mut history, 0..1, &new), 0);
     }
 
@@ -274,18 +354,47 @@ mod tests {
         let mut history = History::new(1, 64);
         let write = history.begin_write(0..4);
         let data = write.content(1);
-        history.end_write(write);
+        history.end_write(write, false);
         let read = history.begin_read(0..4);
         let discard = history.begin_zeroes(1..2);
-        history.end_write(discard);
+        history.end_write(discard, false);
         let again = history.begin_write(1..2);
         let newer = again.content(1);
         let mut seen = data.clone();
         seen[512..1024].fill(0);
         assert_eq!(history.end_read(read, &seen), [], "the discard happened during the read");
-        history.end_write(again);
+        history.end_write(again, false);
         assert_eq!(check(&mut history, 1..2, &[0; 512]), 1, "it is over");
         assert_eq!(check(&mut history, 1..2, &newer), 0);
+    }
+
+    #[test]
+    fn a_crash_of_everything_takes_back_what_no_flush_covered_and_nothing_else() {
+        let mut history = History::new(1, 64);
+        let write = |history: &mut History| {
+            let write = history.begin_write(0..1);
+            let data = write.content(1);
+            history.end_write(write, false);
+            data
+        };
+        let flushed = write(&mut history);
+        let flush = history.begin_flush();
+        let during = write(&mut history);
+        history.end_flush(flush);
+        let last = write(&mut history);
+        assert_eq!(check(&mut history, 0..1, &during), 1, "nothing was lost yet");
+        history.caches_lost();
+        assert_eq!(check(&mut history, 0..1, &[0; 512]), 1, "older than the flush");
+        for possible in [&flushed, &during, &last] {
+            let read = history.begin_read(0..1);
+            let mut copy = History { sectors: history.sectors.clone(), ..History::new(1, 0) };
+            let again = copy.begin_read(0..1);
+            assert_eq!(copy.end_read(again, possible), []);
+            for other in [&flushed, &during, &last].into_iter().filter(|other| *other != possible) {
+                assert_eq!(check(&mut copy, 0..1, other), 1, "once it was read it stays");
+            }
+            history.drop_read(read);
+        }
     }
 
     #[test]
@@ -295,7 +404,7 @@ mod tests {
         for (range, overlaps) in [(0..8, false), (0..9, true), (10..12, true), (15..20, true), (16..20, false)] {
             assert_eq!(history.is_being_written(&range), overlaps, "{range:?}");
         }
-        history.end_write(write);
+        history.end_write(write, false);
         assert!(!history.is_being_written(&(0..64)));
     }
 }

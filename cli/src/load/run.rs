@@ -229,6 +229,12 @@ impl Load {
         (faults.wrong, faults.told.clone())
     }
 
+    /// Every process of the cluster was killed: writes that no flush covered may be gone (R9). Call while all of
+    /// them are down.
+    pub fn caches_lost(&self) {
+        lock(&self.shared.history).caches_lost();
+    }
+
     /// Ends the workers once what they have under way is answered.
     ///
     /// # Errors
@@ -466,7 +472,7 @@ async fn write(shared: &Shared, writing: Writing, fua: bool) -> Result<(), LoadE
     });
     written.await?;
     shared.meter.answered(issued, bytes);
-    lock(&shared.history).end_write(writing);
+    lock(&shared.history).end_write(writing, fua);
     Ok(())
 }
 
@@ -483,13 +489,15 @@ async fn zero(shared: &Shared, writing: Writing, discard: bool) -> Result<(), Lo
     });
     zeroed.await?;
     shared.meter.answered(issued, u64::from(sectors) * SECTOR);
-    lock(&shared.history).end_write(writing);
+    lock(&shared.history).end_write(writing, false);
     Ok(())
 }
 
 async fn flush(shared: &Shared) -> Result<(), LoadError> {
     let issued = Instant::now();
+    let flushing = lock(&shared.history).begin_flush();
     shared.again("SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await?;
     shared.meter.answered(issued, 0);
+    lock(&shared.history).end_flush(flushing);
     Ok(())
 }

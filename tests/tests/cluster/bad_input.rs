@@ -83,7 +83,7 @@ fn what_the_cluster_refuses_is_named_and_leaves_nothing_behind() {
         all.extend(args);
         cluster.fails(&all, 1)
     };
-    says(&create(&["big", "--size", "1TiB"]), &["big", "node-", "pool-", "64 MiB"]);
+    says(&create(&["big", "--size", "1TiB"]), &["big", "64 MiB left", "needed there"]);
     says(&create(&["wide", "--size", "64MiB", "--replicas", "4"]), &["wide", "4 replicas", "3", "--replicas 3"]);
     says(&create(&["nowhere", "--size", "64MiB", "--gateway", "gateway-9"]), &["gateway-9", "list-gateways"]);
     cluster.create(VOLUME, "64MiB");

@@ -38,7 +38,7 @@ fn libiscsi_tools_find_and_read_a_volume() {
     assert!(inquiry.to_lowercase().contains("md99"), "{inquiry}");
     for page in ["0x00", "0x80", "0x83", "0xb0", "0xb1", "0xb2"] {
         let page = u8::from_str_radix(&page[2..], 16).expect("hexadecimal").to_string();
-        run("iscsi-inq", &["-e", "-c", &page, &url]);
+        run("iscsi-inq", &["-e", "1", "-c", &page, &url]);
     }
     let capacity = run("iscsi-readcapacity16", &[&url]);
     assert!(capacity.contains(&(64 << 20).to_string()) || capacity.contains("131071"), "{capacity}");

@@ -84,6 +84,7 @@ async fn all_processes_at_once_can_be_killed() {
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it runs");
         }
         EVERYBODY.iter().for_each(|part| cluster.wait_down(part));
+        load.caches_lost();
         cluster.dev_up(&[]);
         answered(&load, 100).await;
         cluster.wait_in_sync(VOLUME);
