@@ -131,7 +131,8 @@ fn what_the_cluster_refuses_is_named_and_leaves_nothing_behind() {
     cluster.ok(&["delete-volume", "unserved", "--yes"]);
     cluster.ok(&["delete-volume", VOLUME, "--yes"]);
     wait_for("the space to be free again", || {
-        let left: Vec<PathBuf> = ["node-1", "node-2", "node-3"].iter().flat_map(|node| replica_files(&cluster, node)).collect();
+        let left: Vec<PathBuf> =
+            ["node-1", "node-2", "node-3"].iter().flat_map(|node| replica_files(&cluster, node)).collect();
         left.is_empty().then_some(())
     });
     // The name can be used again.
@@ -164,7 +165,10 @@ fn dev_refuses_ports_in_use_and_directories_that_are_not_its_own() {
     let portal = format!("127.0.0.1:{port}");
     let said = fails(program(&["dev", "up", "--dir", &path("a"), "--base-port", "0", "--portal", &portal]), 1);
     says(&said, &[&port.to_string(), "in use", "portal of gateway-1"]);
-    let said = fails(program(&["dev", "up", "--dir", &path("a"), "--base-port", &port.to_string(), "--portal", "127.0.0.1:0"]), 1);
+    let said = fails(
+        program(&["dev", "up", "--dir", &path("a"), "--base-port", &port.to_string(), "--portal", "127.0.0.1:0"]),
+        1,
+    );
     says(&said, &[&port.to_string(), "in use", "node-1"]);
 
     std::fs::create_dir(path("letters")).expect("a directory");
@@ -380,9 +384,8 @@ async fn damaged_replica_files_are_repaired_or_refused_named_and_resynchronised(
         assert_eq!(superblock(path, 0), superblock(path, 1), "both copies are good again");
     }
     for path in &files[..4] {
-        let named = log.lines().any(|line| {
-            (line.contains("WARN") || line.contains("ERROR")) && line.contains(&replica(path))
-        });
+        let named =
+            log.lines().any(|line| (line.contains("WARN") || line.contains("ERROR")) && line.contains(&replica(path)));
         assert!(named, "{} is not named in: {log}", replica(path));
     }
     load.read_back(None).await.unwrap_or_else(|error| panic!("{error}"));
@@ -399,7 +402,11 @@ async fn damaged_replica_files_are_repaired_or_refused_named_and_resynchronised(
     wait_for("the foreign file to be named", || {
         let log = cluster.log("node-2");
         let after = log.rsplit("replica is open").next().map(str::len);
-        let named = log.lines().rev().take(60).any(|line| line.contains("can't be opened") && line.contains(&replica(&foreign)));
+        let named = log
+            .lines()
+            .rev()
+            .take(60)
+            .any(|line| line.contains("can't be opened") && line.contains(&replica(&foreign)));
         (after.is_some() && named).then_some(())
     });
     load.write(0..32 << 20).await.unwrap_or_else(|error| panic!("{error}"));
@@ -462,7 +469,8 @@ async fn a_full_disk_costs_its_replica_and_nothing_else() {
     wait_for("the full replica to leave", || {
         let volume = cluster.volume(VOLUME);
         let mirrors = volume["mirrors"].as_array().expect("mirrors");
-        let sizes: Vec<usize> = mirrors.iter().filter_map(|m| m["in_sync"]["members"].as_array().map(Vec::len)).collect();
+        let sizes: Vec<usize> =
+            mirrors.iter().filter_map(|m| m["in_sync"]["members"].as_array().map(Vec::len)).collect();
         assert!(sizes.iter().sum::<usize>() >= 14, "only the full one leaves: {sizes:?}");
         (sizes.iter().sum::<usize>() == 14).then_some(())
     });
@@ -540,7 +548,8 @@ async fn hostile_bytes_close_their_connection_and_harm_nothing_else() {
     answered(&load, 50).await;
     load.take();
 
-    let data: SocketAddr = cluster.part("node-1")["data"].as_str().expect("a data address").parse().expect("an address");
+    let data: SocketAddr =
+        cluster.part("node-1")["data"].as_str().expect("a data address").parse().expect("an address");
     let portal = cluster.portal("gateway-1");
     let control: SocketAddr =
         cluster.part("node-1")["control"].as_str().expect("an address").parse().expect("an address");
@@ -552,12 +561,66 @@ async fn hostile_bytes_close_their_connection_and_harm_nothing_else() {
             ("noise", noise.clone()),
             ("another protocol", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".repeat(8)),
             ("a bad header checksum", frame(|b| b[60] ^= 1, &[])),
-            ("a bad version", frame(|b| { b[4] = 9; with_sum(b) }, &[])),
-            ("an unknown kind", frame(|b| { b[5] = 0x7e; with_sum(b) }, &[])),
-            ("a body without end", frame(|b| { b[52..56].fill(0xff); with_sum(b) }, &[])),
-            ("a payload without end", frame(|b| { b[56..60].fill(0xff); with_sum(b) }, &[])),
-            ("a bad body", frame(|b| { b[52] = 64; with_sum(b) }, &[0xaa; 64])),
-            ("a request before the greeting", frame(|b| { b[5] = Kind::Read as u8; with_sum(b) }, &[])),
+            (
+                "a bad version",
+                frame(
+                    |b| {
+                        b[4] = 9;
+                        with_sum(b)
+                    },
+                    &[],
+                ),
+            ),
+            (
+                "an unknown kind",
+                frame(
+                    |b| {
+                        b[5] = 0x7e;
+                        with_sum(b)
+                    },
+                    &[],
+                ),
+            ),
+            (
+                "a body without end",
+                frame(
+                    |b| {
+                        b[52..56].fill(0xff);
+                        with_sum(b)
+                    },
+                    &[],
+                ),
+            ),
+            (
+                "a payload without end",
+                frame(
+                    |b| {
+                        b[56..60].fill(0xff);
+                        with_sum(b)
+                    },
+                    &[],
+                ),
+            ),
+            (
+                "a bad body",
+                frame(
+                    |b| {
+                        b[52] = 64;
+                        with_sum(b)
+                    },
+                    &[0xaa; 64],
+                ),
+            ),
+            (
+                "a request before the greeting",
+                frame(
+                    |b| {
+                        b[5] = Kind::Read as u8;
+                        with_sum(b)
+                    },
+                    &[],
+                ),
+            ),
         ] {
             closes(data, &bytes, what);
         }

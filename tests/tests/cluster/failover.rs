@@ -78,7 +78,8 @@ async fn all_processes_at_once_can_be_killed() {
     let load = start(&cluster, seed()).await;
     for _ in 0..2 {
         answered(&load, 300).await;
-        let killers: Vec<_> = EVERYBODY.iter().map(|part| cluster.part(part)["pid"].as_i64().expect("it runs")).collect();
+        let killers: Vec<_> =
+            EVERYBODY.iter().map(|part| cluster.part(part)["pid"].as_i64().expect("it runs")).collect();
         for pid in killers {
             let pid = rustix::process::Pid::from_raw(pid as i32).expect("a pid");
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it runs");

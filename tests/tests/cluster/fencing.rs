@@ -49,7 +49,8 @@ async fn nothing_of_a_superseded_gateway_gets_through() {
 
     cluster.signal("gateway-1", "CONT");
     for command in late {
-        let answer = tokio::time::timeout(PATIENCE, command).await.expect("the connection is dropped").expect("no panic");
+        let answer =
+            tokio::time::timeout(PATIENCE, command).await.expect("the connection is dropped").expect("no panic");
         match answer {
             Err(Error::ConnectionLost) => {}
             other => panic!("the old gateway answered: {other:?}"),

@@ -237,7 +237,9 @@ impl TestCluster {
     pub fn conditions(&self, name: &str) -> Vec<(u64, String)> {
         let volume = self.volume(name);
         let mut nodes = std::collections::BTreeMap::new();
-        for replica in volume["mirrors"].as_array().into_iter().flatten().flat_map(|m| m["replicas"].as_array()).flatten() {
+        for replica in
+            volume["mirrors"].as_array().into_iter().flatten().flat_map(|m| m["replicas"].as_array()).flatten()
+        {
             nodes.insert(replica["id"].to_string(), replica["node"].as_u64().expect("a node"));
         }
         let reports = volume["report"]["mirrors"].as_array().cloned().unwrap_or_default();
