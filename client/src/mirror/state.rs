@@ -45,6 +45,8 @@ pub mod limits {
 
 /// How long after a fault a replica is attached again, when its node is there.
 const REATTACH_MS: u64 = 500;
+/// Doubled so often at most while it is refused.
+const MAX_REATTACH_DOUBLINGS: u32 = 6;
 
 /// The regions of a replica as it listed them.
 #[derive(Debug, Default)]
@@ -109,6 +111,8 @@ pub(super) struct Slot {
     pub fault: FaultReason,
     pub since: u64,
     pub retry_at: u64,
+    /// How often in a row it was given up because of what it answered.
+    pub refusals: u32,
     /// The newest clean that it acknowledged in this session (R6).
     pub clean_acked: CleanNo,
     /// It was attached before in this session, so its epoch must be stored (R6).
@@ -246,6 +250,7 @@ impl Mirror {
                 fault: FaultReason::NeverSeen,
                 since: now,
                 retry_at: 0,
+                refusals: 0,
                 clean_acked: CleanNo(0),
                 attached_before: false,
             })
@@ -317,7 +322,10 @@ impl Mirror {
             }
             Input::Reply { slot, tag, attach, reply } => self.answered(now, slot, tag, attach, reply, out),
             Input::SetDecided(decision) => self.set_decided(now, decision, out),
-            Input::Recover => self.forced = true,
+            // Said once, for what waits now: kept any longer it would accept the loss of something else.
+            Input::Recover => {
+                self.forced = matches!(self.phase, Phase::Opening { .. }) || !self.settling.blocked.is_empty();
+            }
             Input::Close => {
                 if !matches!(self.phase, Phase::Closing) {
                     self.begin_close(out);
@@ -490,7 +498,10 @@ impl Mirror {
         }
         s.fault = reason;
         s.unreachable = true;
-        s.retry_at = now + REATTACH_MS;
+        // A replica that refuses again and again, as on a full disk, is tried less and less often.
+        let refused = matches!(reason, FaultReason::Refused(_) | FaultReason::TimedOut | FaultReason::Nonsense);
+        s.refusals = if refused { (s.refusals + 1).min(MAX_REATTACH_DOUBLINGS) } else { 0 };
+        s.retry_at = now + (REATTACH_MS << s.refusals);
         out.push(Output::Log(Event::Lost { replica: s.def.replica, reason }));
         self.flush_pending.remove(slot);
         let gone: Vec<u64> = self.sent.iter().filter(|(_, s)| s.slot == slot).map(|(tag, _)| *tag).collect();
@@ -504,6 +515,7 @@ impl Mirror {
         self.clean_lost(slot);
         self.change_lost(slot);
         self.equalise_forget(slot);
+        self.extra_base_lost(slot);
         for op in self.ops.values_mut() {
             op.forget(slot);
         }
@@ -653,15 +665,15 @@ impl Mirror {
                     format!("for replica {}", missing.join(", "))
                 })
             }
-            Phase::Serving if self.change.is_some() && !self.live_members_complete() => {
+            Phase::Serving | Phase::Closing if self.change.is_some() && !self.live_members_complete() => {
                 Some("writes wait for the in-sync set to be committed".to_owned())
             }
-            Phase::Serving if !self.settling.blocked.is_empty() => Some(format!(
+            Phase::Serving | Phase::Closing if !self.settling.blocked.is_empty() => Some(format!(
                 "{} regions wait for replica {} or recover-volume --force",
                 self.settling.blocked.len(),
                 self.ids_of(self.awaited).iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
             )),
-            Phase::Serving if self.members.len() < self.cfg.min_in_sync => {
+            Phase::Serving | Phase::Closing if self.members.len() < self.cfg.min_in_sync => {
                 Some(format!("writes wait: {} replicas in sync, {} wanted", self.members.len(), self.cfg.min_in_sync))
             }
             _ => None,
@@ -687,6 +699,7 @@ impl Mirror {
                 self.gated.insert(*id);
             }
         }
+        self.admit();
     }
 }
 
