@@ -74,13 +74,17 @@ impl SimFile {
         }
     }
 
-    /// Durable at once: see what `world` withholds.
     fn punch(&mut self, offset: u64, len: u64) {
         self.seq += 1;
         for page in offset / PAGE..(offset + len) / PAGE {
-            self.pages[page as usize] = Page::default();
-            self.unsynced.remove(&page);
+            self.put(page, None);
         }
+    }
+
+    /// The page is a hole, as if nobody had ever written it.
+    pub fn forget(&mut self, page: u64) {
+        self.pages[page as usize] = Page::default();
+        self.unsynced.remove(&page);
     }
 
     fn read(&self, offset: u64, len: u32) -> Vec<u8> {
@@ -243,7 +247,8 @@ impl Disk {
             DiskIo::Write { .. } => {
                 (rng.tail(20, 3_000), (is_data && rng.chance(faults.write_errors)).then_some(DiskError::Io))
             }
-            DiskIo::Punch { .. } => (rng.tail(20, 3_000), rng.chance(faults.write_errors).then_some(DiskError::Io)),
+            // A punch that fails is withheld: see `world`.
+            DiskIo::Punch { .. } => (rng.tail(20, 3_000), None),
         };
         micros *= faults.slow.max(1);
         let mark = if let DiskIo::Sync { file } = &io { self.file(*file).seq } else { 0 };

@@ -313,7 +313,7 @@ impl World {
                 self.pause(gateway);
             }
             Output::Closed { clean } => {
-                let (epoch, open) = (session.epoch, session.ops.len());
+                let (epoch, open) = (session.epoch, session.ops.len() - session.held.len());
                 self.log(|| format!("gateway {gateway} closed, clean: {clean}"));
                 // A close that could not be clean ends the session as a kill does; a clean one answers everything.
                 if open > 0 && clean {
