@@ -478,7 +478,7 @@ pub async fn recover(config: Option<&Path>, args: RecoverArgs) -> Outcome {
     if losses.is_empty() {
         render::line(format!("volume {} waits for no replica: there is nothing to recover", volume.name));
     } else {
-        losses.iter().for_each(|loss| render::line(loss));
+        losses.iter().for_each(render::line);
     }
     if !args.force {
         return Err(Failure::new(format!("volume {}: nothing was done", volume.name)).next(format!(

@@ -66,7 +66,7 @@ pub fn fill(seed: u64, sector: u64, version: u32, out: &mut [u8]) {
     out[8..16].copy_from_slice(&sector.to_le_bytes());
     let mut body = body(seed, sector, version);
     for word in out[HEAD..].chunks_exact_mut(8) {
-        word.copy_from_slice(&body.next().to_le_bytes());
+        word.copy_from_slice(&body.draw().to_le_bytes());
     }
 }
 
@@ -83,7 +83,7 @@ pub fn read(seed: u64, sector: u64, bytes: &[u8]) -> Content {
     let version = u32_at(4);
     let belongs = u64::from(u32_at(8)) | u64::from(u32_at(12)) << 32;
     let mut body = body(seed, belongs, version);
-    if !bytes[HEAD..].chunks_exact(8).all(|word| word == body.next().to_le_bytes()) {
+    if !bytes[HEAD..].chunks_exact(8).all(|word| word == body.draw().to_le_bytes()) {
         return Content::Torn(version);
     }
     match belongs == sector {

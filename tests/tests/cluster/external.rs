@@ -20,7 +20,7 @@ fn random_image(path: &std::path::Path, bytes: usize) {
     let mut file = std::io::BufWriter::new(std::fs::File::create(path).expect("a file"));
     let mut rng = cli::load::Rng::new(uuid::Uuid::new_v4().as_u64_pair().0);
     for _ in 0..bytes / 8 {
-        file.write_all(&rng.next().to_le_bytes()).expect("room for it");
+        file.write_all(&rng.draw().to_le_bytes()).expect("room for it");
     }
 }
 
