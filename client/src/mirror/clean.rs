@@ -4,17 +4,21 @@
 //! has answered a flush that began after the region's last write. One clean at a time; the next begins when this
 //! one is durable everywhere.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proto::frame::{CleanEntry, Request};
 use proto::id::{CleanNo, FlushNo, RegionIndex};
 
 use super::mask::Mask;
+use super::region_set::RegionSet;
 use super::state::{Mirror, Phase, What, limits};
 use super::types::*;
 
 /// How long a region is left alone after its last write: a bit set again soon costs a sync on every replica.
 const IDLE_MS: u64 = 3_000;
+/// Regions that a replica marks dirty ahead of a sequential stream (R5): nobody says so to the gateway, and they are
+/// cleaned with the region that the stream was in.
+const MARKED_AHEAD: u32 = 8;
 /// How often a clean is looked for.
 const CLEAN_EVERY_MS: u64 = 1_000;
 
@@ -120,7 +124,7 @@ impl Mirror {
         let regions: Vec<_> = (self.dirty.regions.iter())
             .filter(|(region, r)| idle(r) && r.covered_by <= common && !self.equalising.contains_key(region))
             .map(|(region, r)| (*region, *r))
-            .take(limits::MAX_CLEAN_REGIONS)
+            .take(limits::MAX_CLEAN_REGIONS / 2)
             .collect();
         if regions.is_empty() {
             // Equalised regions are not flushed by writes.
@@ -133,12 +137,29 @@ impl Mirror {
         // A replica that is lost before it answers takes this number over when it is back in the set.
         let no = self.clean.next();
         self.clean = no;
+        let named = self.with_marked_ahead(regions.iter().map(|(region, _)| *region));
         for slot in all.iter() {
             let flush = flushed_of(self, slot);
-            let entries = regions.iter().map(|(region, _)| CleanEntry { region: *region, flush }).collect();
+            let entries = named.iter().map(|region| CleanEntry { region: *region, flush }).collect();
             self.send(now, slot, What::Clean, Request::Clean { clean: no, entries }, out);
         }
         self.cleaning = Some(Cleaning { no, pending: all, failed: false, regions });
+    }
+
+    /// These regions, and after each those that replicas may have marked with it and in which nothing was changed.
+    fn with_marked_ahead(&self, regions: impl Iterator<Item = RegionIndex>) -> BTreeSet<RegionIndex> {
+        let mut named = BTreeSet::new();
+        for region in regions {
+            named.insert(region);
+            let ahead = (region.0 + 1..self.regions().min(region.0 + 1 + MARKED_AHEAD)).map(RegionIndex);
+            for next in ahead.filter(|r| !self.dirty.contains(*r) && !self.equalising.contains_key(r)) {
+                // Room is kept for the regions that are known to be dirty.
+                if named.len() < limits::MAX_CLEAN_REGIONS / 2 {
+                    named.insert(next);
+                }
+            }
+        }
+        named
     }
 
     pub(super) fn clean_answered(&mut self, slot: usize) {
@@ -157,12 +178,15 @@ impl Mirror {
         }
     }
 
-    /// Tells a replica that regions which were suspect are equalised and flushed (R7).
-    pub(super) fn settle_suspects(&mut self, now: u64, slot: usize, out: &mut Vec<Output>) {
+    /// Tells a replica that regions which were suspect are equalised and flushed (R7): those of `group`, or all.
+    pub(super) fn settle_suspects(&mut self, now: u64, slot: usize, group: Option<&RegionSet>, out: &mut Vec<Output>) {
         let attach = self.slots[slot].attach.as_mut().expect("attached");
         let flush = attach.flushed;
-        let entries: Vec<_> =
-            std::mem::take(&mut attach.suspect).iter().map(|region| CleanEntry { region, flush }).collect();
+        let settled: Vec<_> = attach.suspect.iter().filter(|r| group.is_none_or(|g| g.contains(*r))).collect();
+        for region in &settled {
+            attach.suspect.remove(*region);
+        }
+        let entries: Vec<_> = settled.into_iter().map(|region| CleanEntry { region, flush }).collect();
         for entries in entries.chunks(limits::MAX_CLEAN_REGIONS) {
             self.send(now, slot, What::Settle, Request::Settle { entries: entries.to_vec() }, out);
         }

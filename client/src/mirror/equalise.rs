@@ -79,6 +79,8 @@ pub(super) struct Equalise {
     copies: Vec<(usize, usize, Blocks)>,
     relays: VecDeque<(usize, usize, u64, u32)>,
     failed: bool,
+    /// A block was left as it is: no member can vouch for it.
+    hopeless: bool,
 }
 
 /// What the mirror's background work has before it.
@@ -118,8 +120,9 @@ impl Mirror {
         self.background.retry_at.retain(|_, at| now < *at);
         while self.equalising.len() < limits::MAX_DEMANDED_REGIONS {
             let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
-            let next = (self.settling.demanded.iter().copied().find(free))
-                .or_else(|| self.background.repairs.iter().copied().find(free).filter(|_| self.phase == Phase::Serving));
+            let next = (self.settling.demanded.iter().copied().find(free)).or_else(|| {
+                self.background.repairs.iter().copied().find(free).filter(|_| self.phase == Phase::Serving)
+            });
             let Some(region) = next else { break };
             self.background.repairs.remove(&region);
             self.begin_equalise(now, region, Vec::new(), false, out);
@@ -169,6 +172,7 @@ impl Mirror {
             copies: Vec::new(),
             relays: VecDeque::new(),
             failed: false,
+            hopeless: false,
         };
         assert!(self.equalising.insert(region, run).is_none(), "region {region} is being equalised already");
         let (first, count) = self.blocks_of(region);
@@ -295,6 +299,11 @@ impl Mirror {
     pub(super) fn equalise_forget(&mut self, slot: usize) {
         for run in self.equalising.values_mut() {
             run.participants.remove(slot);
+            // Copies to it end with its attach; their sources may wait for it for a long time yet.
+            let ended = |o: &Outstanding| matches!(o, Outstanding::Copy { target, .. } if *target == slot);
+            for (tag, _) in run.outstanding.extract_if(.., |_, o| ended(o)) {
+                self.sent.remove(&tag);
+            }
             self.background.stirred = true;
         }
     }
@@ -444,6 +453,7 @@ impl Mirror {
         let mut taken: BTreeMap<usize, u32> = BTreeMap::new();
         let mut hopeless = false;
         let bases = self.base_ranks(region, &hashed);
+        let broken = self.settling.is_broken(region);
         for i in 0..count as usize {
             let differs =
                 |a: usize, b: usize| hash(a, i).hash != hash(b, i).hash || !hash(a, i).readable || !hash(b, i).readable;
@@ -456,9 +466,9 @@ impl Mirror {
             let intact = bases.iter().find(|(_, s)| hash(*s, i).intact).map(|(_, s)| *s);
             let base = match intact {
                 Some(base) => base,
-                // Only what a restart, or a write that failed on the last member, left behind may be taken for right:
-                // both leave the region dirty. Elsewhere the block is bad (R10).
-                None => match bases.iter().find(|(_, s)| hash(*s, i).readable) {
+                // Only what a restart, or a write that failed everywhere, left behind may be taken for right.
+                // Elsewhere the block is bad (R10), however dirty its region.
+                None => match bases.iter().find(|(rank, s)| (*rank > 0 || broken) && hash(*s, i).readable) {
                     Some((_, base)) if run.was_dirty => {
                         set_bit(restamps.entry(*base).or_default(), i);
                         *taken.entry(*base).or_default() += 1;
@@ -489,8 +499,8 @@ impl Mirror {
         run.restamps = restamps.into_iter().collect();
         run.copies = copies.into_iter().map(|((source, target), blocks)| (source, target, blocks)).collect();
         // A joining replica's block can't be made equal to one that no member can vouch for, and must not be
-        // served as if it were.
-        run.failed |= hopeless && !run.compare_only;
+        // served as if it were: its join waits until the block is written again.
+        run.hopeless = hopeless;
     }
 
     /// Who may be the base of a region's blocks, best first (R7): members that have not restarted; of those that
@@ -528,8 +538,13 @@ impl Mirror {
             self.background.compares.extend(run.comparing.iter().map(|id| (region, *id, !run.compare_only)));
         } else {
             if !run.compare_only && self.live_members().within(run.participants) {
+                // The members are as equal as they can be; a replica that joins is not, if a block is hopeless.
                 self.settling.equalised(region);
-                self.joined_region(region, run.participants);
+                if run.hopeless {
+                    self.background.retry_at.insert(region, now + RETRY_MS);
+                } else {
+                    self.joined_region(region, run.participants);
+                }
             }
             for id in run.comparing {
                 self.compared(now, id, run.comparison.clone(), out);

@@ -89,11 +89,16 @@ pub(super) struct Op {
     pub pending: Mask,
     /// Of those, the ones that did it.
     done: Mask,
+    /// Of those, the members whose disk refused it, and what the last of them said.
+    refused: Mask,
+    refusal: OpOutcome,
     /// Replicas whose bytes were bad for the block, or run of blocks, being read.
     tried: Mask,
     /// Blocks read so far, when reading block by block.
     pieces: BytesMut,
     resends: u8,
+    /// The last member could not write it, while it is in doubt whether it is the last.
+    refused: Option<(usize, Code)>,
     /// It was sent to somebody to be done, be it under an attach that is gone.
     had_effect: bool,
     pub answered: bool,
@@ -128,9 +133,12 @@ impl Op {
             sent: Mask::EMPTY,
             pending: Mask::EMPTY,
             done: Mask::EMPTY,
+            refused: Mask::EMPTY,
+            refusal: OpOutcome::WriteFailed,
             tried: Mask::EMPTY,
             pieces: BytesMut::new(),
             resends: 0,
+            refused: None,
             had_effect: false,
             answered: false,
         }
@@ -140,6 +148,7 @@ impl Op {
     pub fn restart(&mut self) {
         self.stage = Stage::Gated;
         (self.sent, self.pending, self.done, self.tried) = (Mask::EMPTY, Mask::EMPTY, Mask::EMPTY, Mask::EMPTY);
+        self.refused = None;
         self.pieces.clear();
         // Others may write the rest of the block before this one has its lock again.
         if let Kind::Merge { whole, .. } = &mut self.kind {
@@ -149,9 +158,10 @@ impl Op {
 
     /// What a replica said counts no more: its attach was given up (R2).
     pub fn forget(&mut self, slot: usize) {
-        for mask in [&mut self.sent, &mut self.pending, &mut self.done] {
+        for mask in [&mut self.sent, &mut self.pending, &mut self.done, &mut self.refused] {
             mask.remove(slot);
         }
+        self.refused = self.refused.filter(|(by, _)| *by != slot);
     }
 
     /// Changes blocks, once it is sent.
@@ -228,10 +238,34 @@ impl Mirror {
     fn forget_op(&mut self, id: u64) {
         self.ops.remove(&id);
         self.admitted -= 1;
-        if let Some(next) = self.backlog.pop_front() {
+        self.admit();
+    }
+
+    /// Lets requests in from the backlog while there is room.
+    pub(super) fn admit(&mut self) {
+        while self.admitted < limits::MAX_OPEN_OPS
+            && let Some(next) = self.backlog.pop_front()
+        {
             self.ops.get_mut(&next).expect("the backlog names open requests").stage = Stage::Gated;
             self.admitted += 1;
             self.gated.insert(next);
+        }
+    }
+
+    /// Every cache was lost: a flush that was asked for before can't be had any more, since what it should have
+    /// made durable may be gone (R9).
+    pub(super) fn fail_flushes(&mut self, out: &mut Vec<Output>) {
+        let flushes = self.ops.iter().filter(|(_, op)| matches!(op.kind, Kind::Flush));
+        let flushes: Vec<(u64, Stage)> = flushes.map(|(id, op)| (*id, op.stage)).collect();
+        for (id, stage) in flushes {
+            if stage == Stage::Backlog {
+                self.backlog.retain(|b| *b != id);
+                self.ops.remove(&id);
+            } else {
+                self.gated.remove(&id);
+                self.forget_op(id);
+            }
+            out.push(Output::Complete { id, outcome: OpOutcome::WriteFailed });
         }
     }
 
@@ -460,22 +494,14 @@ impl Mirror {
                 self.send(now, slot, What::Op(id), request, out);
                 return;
             }
-            Reply::Failed { code, .. } => {
-                let last = self.members == Mask::one(slot) && self.slots[slot].is_member();
-                if !(last && matches!(code, Code::WriteFailed | Code::NoSpace)) {
-                    self.lost.push_back((slot, fault_of(code)));
-                    return;
-                }
-                // The last member is never removed: its failed write is the initiator's error (R2). A joining
-                // replica may have done what the member did not, and must compare that region again.
+            Reply::Failed { code: code @ (Code::WriteFailed | Code::NoSpace), .. } if self.slots[slot].is_member() => {
                 op.pending.remove(slot);
-                if !op.answered {
-                    op.answered = true;
-                    let outcome = if code == Code::NoSpace { OpOutcome::NoSpace } else { OpOutcome::WriteFailed };
-                    out.push(Output::Complete { id, outcome });
-                }
-                let joining = (self.live() - Mask::one(slot)).iter();
-                self.lost.extend(joining.map(|s| (s, FaultReason::CopyInDoubt)));
+                op.refused.insert(slot);
+                op.refusal = if code == Code::NoSpace { OpOutcome::NoSpace } else { OpOutcome::WriteFailed };
+            }
+            Reply::Failed { code, .. } => {
+                self.lost.push_back((slot, fault_of(code)));
+                return;
             }
             _ => {
                 self.lost.push_back((slot, FaultReason::Nonsense));
@@ -485,6 +511,32 @@ impl Mirror {
         self.reconsider(now, id, out);
     }
 
+    /// What a write means that members' disks refused, once all members have answered: those that refused leave,
+    /// if another did it. Where nobody did it is the initiator's error, since the last member is never removed
+    /// (R2); the blocks may then be different everywhere, and are settled before anybody sees them.
+    fn judge_refusals(&mut self, id: u64, out: &mut Vec<Output>) {
+        let members = self.live_members();
+        let Some(op) = self.ops.get_mut(&id) else { return };
+        if op.stage != Stage::Writing || op.refused.is_empty() || !(op.pending & members).is_empty() {
+            return;
+        }
+        if !(op.done & members).is_empty() {
+            let code = if op.refusal == OpOutcome::NoSpace { Code::NoSpace } else { Code::WriteFailed };
+            self.lost.extend(op.refused.iter().map(|slot| (slot, fault_of(code))));
+            return;
+        }
+        op.refused = Mask::EMPTY;
+        if !std::mem::replace(&mut op.answered, true) {
+            out.push(Output::Complete { id, outcome: op.refusal.clone() });
+        }
+        for region in op.regions() {
+            self.settling.broken(RegionIndex(region));
+        }
+        // A joining replica may have done what no member did.
+        let joining = (self.live() - members).iter();
+        self.lost.extend(joining.map(|slot| (slot, FaultReason::CopyInDoubt)));
+    }
+
     /// Who must have done a write, or a flush, before it is acknowledged: the committed members; while a change
     /// is in doubt those of the proposed set as well; and a joining replica that counts (R2, R7).
     pub(super) fn required(&self) -> Mask {
@@ -492,11 +544,17 @@ impl Mirror {
     }
 
     fn reconsider(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {
+        self.judge_refusals(id, out);
         let required = self.required();
         // A member that left and is back joins under another attach: what it answers there says nothing of what it
         // lost in between. Nothing is acknowledged until the set is one whose replicas all count (R2, R9).
         let hold = self.holds_acknowledgements() || !required.within(self.live_members() | self.counting());
+        let in_doubt = self.is_in_doubt();
         let Some(op) = self.ops.get_mut(&id) else { return };
+        if !in_doubt && let Some((slot, code)) = op.refused.take() {
+            let kind = op.kind.request(op.block, op.count, op.fua).kind();
+            return self.write_answered(now, slot, id, Reply::Failed { kind, code, block: 0 }, out);
+        }
         match op.stage {
             Stage::Writing => {
                 if !op.answered && required.within(op.done) && !hold {

@@ -116,7 +116,7 @@ impl Mirror {
                 }
                 JoinStage::Flushing(no) => {
                     if self.flushed(no, Mask::one(slot)) {
-                        self.settle_suspects(now, slot, out);
+                        self.settle_suspects(now, slot, None, out);
                         self.set_stage(slot, JoinStage::Proposing);
                     }
                 }

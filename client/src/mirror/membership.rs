@@ -94,7 +94,7 @@ impl Mirror {
             Some(Change { members, stage: ChangeStage::Flushing(no), .. }) if *members == live => {
                 let no = *no;
                 if self.flushed(no, live) {
-                    self.propose(live, self.awaited | self.settling.left_behind, out);
+                    self.propose(live, self.awaited | self.owed(), out);
                 }
             }
             _ => {

@@ -16,6 +16,10 @@ const SILENT_MS: u64 = 2_000;
 /// How long those that are missing are waited for when all that were reached have restarted.
 const RESTARTED_MS: u64 = 5_000;
 
+/// How long a member is hoped for when an operator has given up on all of them, before another replica becomes the
+/// set.
+const FORCED_MS: u64 = 10_000;
+
 /// The regions that a take-over found dirty, on their way to being served.
 #[derive(Debug, Default)]
 pub(super) struct Settling {
@@ -33,10 +37,12 @@ pub(super) struct Settling {
     /// Regions that were blocked, for which these replicas are bases as well although no members.
     pub released: RegionSet,
     pub extra_bases: Mask,
+    /// Regions that a write which failed everywhere may have left different, and wrong against their sums.
+    broken: RegionSet,
     /// Regions that a request waits for.
     pub demanded: BTreeSet<RegionIndex>,
-    /// Members were told which regions are suspect no more.
-    told: bool,
+    /// The members' lists were dropped, as nothing is left to settle.
+    ended: bool,
 }
 
 impl Settling {
@@ -69,10 +75,26 @@ impl Settling {
             || self.flushing.as_ref().is_some_and(|(group, _)| group.contains(region)))
     }
 
+    /// A write to the region failed on every member: what they hold there is undefined, and may not be seen before
+    /// it is the same everywhere.
+    pub fn broken(&mut self, region: RegionIndex) {
+        self.broken.insert(region);
+        if !self.blocked.contains(region) {
+            self.unsettled.insert(region);
+            self.ended = false;
+        }
+    }
+
+    /// Whether a write failed there.
+    pub fn is_broken(&self, region: RegionIndex) -> bool {
+        self.broken.contains(region)
+    }
+
     /// The region was equalised over all members.
     pub fn equalised(&mut self, region: RegionIndex) {
         if self.unsettled.remove(region) {
             self.demanded.remove(&region);
+            self.broken.remove(region);
             self.equalised.insert(region);
         }
     }
@@ -103,6 +125,7 @@ impl Mirror {
         self.unflushed_bytes = 0;
         self.unflushed_since = None;
         self.settling = Settling::default();
+        self.forced = false;
         self.reset_ops();
         self.phase = Phase::Opening { since: now };
     }
@@ -147,7 +170,7 @@ impl Mirror {
         let keep = if !restarted {
             intact
         } else if eligible.is_empty() {
-            if self.forced {
+            if self.forced && now >= since + FORCED_MS {
                 self.adopt_the_best(out);
             }
             return;
@@ -206,6 +229,7 @@ impl Mirror {
             }
         }
         if restarted {
+            self.fail_flushes(out);
             out.push(Output::PowerOn);
         }
         let current = |s: &usize| {
@@ -251,19 +275,25 @@ impl Mirror {
         }
         if let Some((_, no)) = &self.settling.flushing
             && self.flushed(*no, self.live_members())
+            && let Some((group, _)) = self.settling.flushing.take()
         {
-            self.settling.flushing = None;
+            for slot in self.live_members().iter() {
+                self.settle_suspects(now, slot, Some(&group), out);
+            }
         }
         if self.settling.flushing.is_none() && !self.settling.equalised.is_empty() {
             let group = std::mem::take(&mut self.settling.equalised);
             let no = self.want_flush();
             self.settling.flushing = Some((group, no));
         }
-        if self.settling.is_settled() && !self.settling.told {
-            self.settling.told = true;
+        if self.settling.is_settled() && !self.settling.ended {
+            self.settling.ended = true;
+            self.settling.extra_bases = Mask::EMPTY;
             for slot in self.live_members().iter() {
-                self.settle_suspects(now, slot, out);
-                self.slots[slot].attach.as_mut().expect("live").listed = None;
+                // Those that nobody has allocated had nothing to equalise.
+                self.settle_suspects(now, slot, None, out);
+                let attach = self.slots[slot].attach.as_mut().expect("live");
+                (attach.listed, attach.restarted) = (None, false);
             }
             self.recheck = true;
         }
@@ -297,6 +327,27 @@ impl Mirror {
         self.settling.released.union_with(&blocked);
         self.settling.left_behind = Mask::EMPTY;
         self.recheck = true;
+    }
+
+    /// A replica that regions had waited for is gone again before they were settled: they wait again.
+    pub(super) fn extra_base_lost(&mut self, slot: usize) {
+        if !self.settling.extra_bases.contains(slot) {
+            return;
+        }
+        self.settling.extra_bases.remove(slot);
+        self.settling.left_behind.insert(slot);
+        let unsettled: Vec<_> =
+            (self.settling.released.iter()).filter(|r| self.settling.unsettled.contains(*r)).collect();
+        for region in unsettled {
+            self.settling.unsettled.remove(region);
+            self.settling.demanded.remove(&region);
+            self.settling.blocked.insert(region);
+        }
+    }
+
+    /// Replicas outside of the set that regions wait for, or are being settled from.
+    pub(super) fn owed(&self) -> Mask {
+        self.settling.left_behind | self.settling.extra_bases
     }
 
     /// The members' superblocks are behind what is committed: a removal was committed and its owner died.
