@@ -398,7 +398,7 @@ impl ReplicaCore {
         for page in std::mem::take(&mut pass.init) {
             self.regions.present.set(page);
             self.passes.presence_pages.insert(page / BITMAP_BITS);
-            self.map_initialised(page, out);
+            self.map_initialised(page);
         }
         for waiter in std::mem::take(&mut pass.waiters) {
             self.wake(waiter, pass, out);

@@ -21,7 +21,7 @@ const IDLE_PAGES: usize = 64;
 /// After this time without a request a replica gives memory back.
 const IDLE_MS: u64 = 10_000;
 /// The least that the memory is bounded to: requests that need two pages must find room for both.
-const MIN_PAGES: usize = 64;
+const MIN_PAGES: usize = if cfg!(test) { 2 } else { 64 };
 /// Map pages in one disk write.
 const MAX_WRITE_PAGES: u64 = 64;
 
@@ -33,6 +33,8 @@ pub(super) struct MapCache {
     index: ById<u64, u32>,
     hand: usize,
     limit: usize,
+    /// Pages have come, or may go now: there may be too many.
+    crowded: bool,
     /// Pages that differ from the disk.
     pub(super) modified: BTreeSet<u64>,
 }
@@ -41,7 +43,7 @@ pub(super) struct MapCache {
 struct Slot {
     page: u64,
     state: SlotState,
-    /// Requests that wait for the page.
+    /// Requests that wait for the page; on a page that is ready, requests that wait for its neighbour.
     waiters: Vec<u64>,
     /// Requests that will change the page when their data is on the disk.
     pins: u32,
@@ -68,12 +70,14 @@ impl MapCache {
             index: ById::default(),
             hand: 0,
             limit: limit.max(MIN_PAGES),
+            crowded: false,
             modified: BTreeSet::new(),
         }
     }
 
     pub(super) fn set_limit(&mut self, pages: usize) {
         self.limit = pages.max(MIN_PAGES);
+        self.crowded = true;
     }
 
     fn slot(&mut self, page: u64) -> Option<&mut Slot> {
@@ -100,6 +104,7 @@ impl MapCache {
                 (self.slots.len() - 1) as u32
             }
         };
+        self.crowded = true;
         assert!(self.index.insert(page, i).is_none(), "map page {page} twice in memory");
     }
 
@@ -184,7 +189,22 @@ impl ReplicaCore {
                 waiting = true;
             }
         }
+        if first < last {
+            self.keep_neighbours(first, last, id, waiting);
+        }
         !waiting
+    }
+
+    /// While a request waits for one of its pages, the others stay in memory, or two requests could take each
+    /// other's pages away for ever.
+    fn keep_neighbours(&mut self, first: u64, last: u64, id: u64, waiting: bool) {
+        for page in first..=last {
+            let Some(slot) = self.map.slot(page).filter(|s| matches!(s.state, SlotState::Ready(_))) else { continue };
+            slot.waiters.retain(|known| *known != id);
+            if waiting {
+                slot.waiters.push(id);
+            }
+        }
     }
 
     /// Begins to load a page that isn't in memory.
@@ -195,7 +215,6 @@ impl ReplicaCore {
         self.map.insert(page, SlotState::Loading);
         let read = DiskIo::Read { file: FileKind::Meta, offset: self.layout.map(page), len: PAGE as u32 };
         self.disk(Io::MapLoad { page }, read, out);
-        self.make_room(out);
     }
 
     /// What is known of these blocks, at most 256. Their pages are in memory where they exist.
@@ -218,9 +237,8 @@ impl ReplicaCore {
     }
 
     /// A first version of the page is on the disk, and empty.
-    pub(super) fn map_initialised(&mut self, page: u64, out: &mut Vec<Output>) {
+    pub(super) fn map_initialised(&mut self, page: u64) {
         self.map.insert(page, SlotState::Ready(MapPage::empty()));
-        self.make_room(out);
     }
 
     pub(super) fn map_loaded(&mut self, page: u64, result: Result<DiskData, DiskError>, out: &mut Vec<Output>) {
@@ -272,23 +290,30 @@ impl ReplicaCore {
         self.ready.extend(waiters);
     }
 
-    /// Drops pages, or begins to write modified ones back, while there are too many.
+    /// Drops pages, or begins to write modified ones back, while there are too many. Only at the end of a step, when
+    /// every request that goes on waiting stands in the table.
     pub(super) fn make_room(&mut self, out: &mut Vec<Output>) {
-        let limit = self.map.limit;
-        self.shrink_map(limit, out);
+        if std::mem::take(&mut self.map.crowded) {
+            let limit = self.map.limit;
+            self.shrink_map(limit, out);
+        }
     }
 
     fn shrink_map(&mut self, limit: usize, out: &mut Vec<Output>) {
-        // One round: a page that was just used stays, at the cost of staying above the limit until the next page comes.
-        let mut looks = self.map.slots.len();
+        // The first round may find every page just used.
+        let mut looks = self.map.slots.len() * 2;
         while self.map.index.len() > limit && looks > 0 {
             looks -= 1;
             self.map.hand = (self.map.hand + 1) % self.map.slots.len();
             let slot = &mut self.map.slots[self.map.hand];
-            let (page, idle) = (slot.page, slot.pins == 0 && slot.waiters.is_empty() && !slot.writing);
-            if !matches!(slot.state, SlotState::Ready(_)) || !idle {
+            if !matches!(slot.state, SlotState::Ready(_)) || slot.pins > 0 || slot.writing {
                 continue;
             }
+            slot.waiters.retain(|id| self.ops.contains_key(id));
+            if !slot.waiters.is_empty() {
+                continue;
+            }
+            let page = slot.page;
             if std::mem::take(&mut slot.used) {
                 continue;
             }
@@ -357,7 +382,7 @@ impl ReplicaCore {
             slot.writing = false;
         }
         self.flush.meta_written = true;
+        self.map.crowded = true;
         self.flush_map_written(first, count, out);
-        self.make_room(out);
     }
 }

@@ -230,6 +230,7 @@ impl ReplicaCore {
             if !self.is_open() {
                 return;
             }
+            self.make_room(out);
             self.start_flush_pass(out);
             self.start_meta_pass(out);
             self.continue_attach(out);

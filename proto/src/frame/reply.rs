@@ -249,7 +249,8 @@ impl Reply {
         let kind = header.kind;
         let code = Code::try_from(header.code)?;
         let mut b = BodyReader::new(body, "reply")?;
-        if !(kind == Kind::Read && code == Code::Ok) && !payload.is_empty() {
+        let has_data = kind == Kind::Read && code == Code::Ok;
+        if !has_data && !payload.is_empty() {
             return Err(FrameError::Malformed("payload where none belongs"));
         }
         if code != Code::Ok {

@@ -113,6 +113,8 @@ pub struct Rig {
     pub attach: AttachId,
     pub conn: ConnId,
     incarnation: u64,
+    /// Map pages in memory after the next opening.
+    pub cache_pages: usize,
 }
 
 pub fn ids() -> ReplicaIds {
@@ -183,6 +185,7 @@ impl Rig {
             attach: attach_id(0, 0),
             conn: ConnId(1),
             incarnation: 1,
+            cache_pages: 64,
         };
         rig.take(out);
         rig.run();
@@ -204,7 +207,8 @@ impl Rig {
         self.opened = None;
         let mut out = Vec::new();
         let lengths = FileLengths { data: self.data.current.len() as u64, meta: self.meta.current.len() as u64 };
-        self.core = ReplicaCore::open(config(self.incarnation), lengths, &mut out);
+        let config = Config { map_cache_pages: self.cache_pages, ..config(self.incarnation) };
+        self.core = ReplicaCore::open(config, lengths, &mut out);
         self.take(out);
         self.run();
         self.opened.as_ref().expect("opening ends")
@@ -244,6 +248,7 @@ impl Rig {
                     assert!(self.replies.insert(tag, reply).is_none(), "request {tag} answered twice");
                 }
                 Output::Disk { op, io } => {
+                    self.check_dirty_before_data(&io);
                     self.trace.push(io.clone());
                     match &io {
                         DiskIo::Write { file, offset, bytes } => {
@@ -279,6 +284,23 @@ impl Rig {
                 Output::Faulted(reason) => self.faulted = Some(reason),
                 Output::Notice(notice) => self.notices.push(notice),
             }
+        }
+    }
+
+    /// R5, whatever a test is about: nothing changes the data file in a region that isn't durably dirty.
+    fn check_dirty_before_data(&self, io: &DiskIo) {
+        let (offset, len) = match io {
+            DiskIo::Write { file: FileKind::Data, offset, bytes } => (*offset, bytes.len() as u64),
+            DiskIo::Punch { offset, len } => (*offset, *len),
+            _ => return,
+        };
+        let at = Layout::new(BLOCKS).dirty(0) as usize;
+        let page = &self.meta.durable[at..at + B];
+        // A bad page counts as all dirty.
+        let Some(mut words) = layout::decode_bitmap(page, layout::PageKind::Dirty, 0, ids().replica) else { return };
+        let word = words.next().expect("a page has words");
+        for region in offset >> 20..=(offset + len - 1) >> 20 {
+            assert!(word & (1 << region) != 0, "R5: region {region} is not durably dirty: {io:?}");
         }
     }
 

@@ -163,6 +163,65 @@ fn r9_a_flush_makes_answered_writes_durable() {
 }
 
 #[test]
+fn r5_a_region_marked_during_a_pass_waits_for_the_next() {
+    let mut rig = Rig::attached();
+    rig.send(write(0, 1, 1));
+    rig.send(write(256, 1, 1));
+    let mut late = Vec::new();
+    while !rig.queue.is_empty() {
+        // The rig checks every write that is given to the disk.
+        late.push(rig.send(write(257 + late.len() as u64, 1, 1)));
+        rig.end_one(0);
+        if late.len() == 12 {
+            rig.run();
+        }
+    }
+    assert!(late.iter().all(|tag| rig.reply(*tag) == Some(&Reply::Done(Kind::Write))));
+}
+
+#[test]
+fn r9_a_page_that_changed_while_it_was_being_written_back_is_written_again() {
+    let mut rig = Rig::attached();
+    (0..3).for_each(|page| rig.done(write(page * 768, 1, 1)));
+    rig.flush(1);
+    rig.cache_pages = 2;
+    rig.kill();
+    rig.attach(1, 2);
+    let is_map = |io: &DiskIo| match io {
+        DiskIo::Write { file: FileKind::Meta, offset, .. } => *offset >= Layout::new(BLOCKS).map(0),
+        _ => false,
+    };
+    // Changes in every page, and reads that need room, until one is being written back.
+    let mut block = 1;
+    while !rig.queue.iter().any(|(_, io)| is_map(io)) {
+        block += 1;
+        assert!(block < 600, "no page is ever written back");
+        for page in 0..3 {
+            rig.send(write(page * 768 + block, 1, 2));
+            rig.run_only(|io| !is_map(io));
+        }
+    }
+    // The page changes meanwhile, and the flush must wait for it.
+    let tags: Vec<u64> = (0..3).map(|page| rig.send(write(page * 768 + 700, 1, 3))).collect();
+    rig.run_only(|io| !is_map(io));
+    let answered: Vec<u64> =
+        (0..3).filter(|p| rig.reply(tags[*p as usize]) == Some(&Reply::Done(Kind::Write))).collect();
+    assert!(!answered.is_empty());
+    let flush = rig.send(Request::Flush { flush: FlushNo(1) });
+    rig.run_only(|io| !is_map(io));
+    assert_eq!(rig.reply(flush), None);
+    rig.run();
+    assert_eq!(rig.reply(flush), Some(&Reply::Done(Kind::Flush)));
+    for seed in 0..10 {
+        rig.power_cut(&mut Rng(seed));
+        rig.attach(2 + seed, 1);
+        for page in &answered {
+            assert_eq!(rig.bytes(page * 768 + 700, 1).unwrap(), pattern(page * 768 + 700, 1, 3));
+        }
+    }
+}
+
+#[test]
 fn r9_fua_is_durable_when_answered() {
     let mut rig = Rig::attached();
     let data = pattern(3, 1, 9);
