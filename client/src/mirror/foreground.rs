@@ -97,8 +97,6 @@ pub(super) struct Op {
     /// Blocks read so far, when reading block by block.
     pieces: BytesMut,
     resends: u8,
-    /// The last member could not write it, while it is in doubt whether it is the last.
-    refused: Option<(usize, Code)>,
     /// It was sent to somebody to be done, be it under an attach that is gone.
     had_effect: bool,
     pub answered: bool,
@@ -138,7 +136,6 @@ impl Op {
             tried: Mask::EMPTY,
             pieces: BytesMut::new(),
             resends: 0,
-            refused: None,
             had_effect: false,
             answered: false,
         }
@@ -148,7 +145,7 @@ impl Op {
     pub fn restart(&mut self) {
         self.stage = Stage::Gated;
         (self.sent, self.pending, self.done, self.tried) = (Mask::EMPTY, Mask::EMPTY, Mask::EMPTY, Mask::EMPTY);
-        self.refused = None;
+        self.refused = Mask::EMPTY;
         self.pieces.clear();
         // Others may write the rest of the block before this one has its lock again.
         if let Kind::Merge { whole, .. } = &mut self.kind {
@@ -161,7 +158,6 @@ impl Op {
         for mask in [&mut self.sent, &mut self.pending, &mut self.done, &mut self.refused] {
             mask.remove(slot);
         }
-        self.refused = self.refused.filter(|(by, _)| *by != slot);
     }
 
     /// Changes blocks, once it is sent.
@@ -516,6 +512,9 @@ impl Mirror {
     /// (R2); the blocks may then be different everywhere, and are settled before anybody sees them.
     fn judge_refusals(&mut self, id: u64, out: &mut Vec<Output>) {
         let members = self.live_members();
+        // While another may be a member already, which has not what these now hold, the lock is kept: reads would
+        // see it, and later ones, there, would not (R3).
+        let in_doubt = !self.proposed().within(members);
         let Some(op) = self.ops.get_mut(&id) else { return };
         if op.stage != Stage::Writing || op.refused.is_empty() || !(op.pending & members).is_empty() {
             return;
@@ -523,6 +522,9 @@ impl Mirror {
         if !(op.done & members).is_empty() {
             let code = if op.refusal == OpOutcome::NoSpace { Code::NoSpace } else { Code::WriteFailed };
             self.lost.extend(op.refused.iter().map(|slot| (slot, fault_of(code))));
+            return;
+        }
+        if in_doubt {
             return;
         }
         op.refused = Mask::EMPTY;
@@ -549,12 +551,7 @@ impl Mirror {
         // A member that left and is back joins under another attach: what it answers there says nothing of what it
         // lost in between. Nothing is acknowledged until the set is one whose replicas all count (R2, R9).
         let hold = self.holds_acknowledgements() || !required.within(self.live_members() | self.counting());
-        let in_doubt = self.is_in_doubt();
         let Some(op) = self.ops.get_mut(&id) else { return };
-        if !in_doubt && let Some((slot, code)) = op.refused.take() {
-            let kind = op.kind.request(op.block, op.count, op.fua).kind();
-            return self.write_answered(now, slot, id, Reply::Failed { kind, code, block: 0 }, out);
-        }
         match op.stage {
             Stage::Writing => {
                 if !op.answered && required.within(op.done) && !hold {
