@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::config::Cluster;
 use crate::daemon::StopSignals;
-use crate::dev::commands::{self, Up};
+use crate::dev::commands::{self, EndOnDrop, Up};
 use crate::dev::layout::{Dev, Kind, Part};
 use crate::failure::{Failure, Outcome};
 use crate::load::{Load, LoadSpec, Measured};
@@ -55,23 +55,6 @@ pub struct DemoArgs {
     seed: Option<u64>,
 }
 
-/// Ends the processes on every way out.
-struct Running {
-    dev: Dev,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // After a clean end nothing runs any more and this finds nothing.
-        for part in self.dev.parts() {
-            if let Some(process) = self.dev.process(part) {
-                let _ = process.signal(Signal::KILL);
-                process.wait_down(Duration::from_secs(5));
-            }
-        }
-    }
-}
-
 /// One line of the table.
 struct Phase {
     name: &'static str,
@@ -81,7 +64,7 @@ struct Phase {
 }
 
 struct Demo {
-    running: Running,
+    running: EndOnDrop,
     cluster: Cluster,
     phases: Vec<Phase>,
     /// What the owner's session had copied when the phase began, and its epoch.
@@ -137,10 +120,10 @@ fn say(text: impl std::fmt::Display) {
 async fn all(dir: &Path, args: &DemoArgs, seed: u64) -> Outcome {
     let began = Instant::now();
     say("starting three storage nodes, two witnesses and a gateway, each a process of its own");
-    let running = Running { dev: commands::up(&Up::on_free_ports(dir)).await? };
-    let cluster = Cluster::find(Some(&running.dev.config_path()))?;
+    let running = EndOnDrop::new(commands::up(&Up::on_free_ports(dir)).await?);
+    let cluster = Cluster::find(Some(&running.get().config_path()))?;
     say(format!("creating volume {VOLUME}: {}, {STRIPES} mirrors of {REPLICAS} replicas", size::show(args.size)));
-    let gateway = part(&running.dev, "gateway-1");
+    let gateway = part(running.get(), "gateway-1");
     let spec = VolumeSpec {
         name: VOLUME.into(),
         size: args.size,
@@ -167,7 +150,7 @@ async fn all(dir: &Path, args: &DemoArgs, seed: u64) -> Outcome {
         return Err(failure);
     }
     load.log_out().await;
-    let report = tokio::task::block_in_place(|| commands::down(&demo.running.dev))?;
+    let report = tokio::task::block_in_place(|| commands::down(demo.running.get()))?;
     if let Some(line) = report.first() {
         return Err(Failure::new(format!("not closed cleanly: {line}")));
     }
@@ -201,7 +184,7 @@ impl Demo {
 
         say("phase 4: both are started again; what they missed is copied under load");
         for name in ["node-2", "node-3"] {
-            commands::start(&self.running.dev, &part(&self.running.dev, name)).await?;
+            commands::start(self.running.get(), &part(self.running.get(), name)).await?;
         }
         self.wait_in_sync(load).await?;
         self.end("both back, resync", load).await?;
@@ -209,7 +192,7 @@ impl Demo {
         say("phase 5: the gateway is killed and started again; the initiator logs in anew and repeats");
         self.kill("gateway-1")?;
         tokio::time::sleep(GATEWAY_AWAY).await;
-        commands::start(&self.running.dev, &part(&self.running.dev, "gateway-1")).await?;
+        commands::start(self.running.get(), &part(self.running.get(), "gateway-1")).await?;
         self.wait_answered(load).await?;
         self.under_load(load).await?;
         self.wait_in_sync(load).await?;
@@ -239,8 +222,8 @@ impl Demo {
     }
 
     fn kill(&self, name: &str) -> Outcome {
-        let part = part(&self.running.dev, name);
-        tokio::task::block_in_place(|| commands::kill(&self.running.dev, &part, Signal::KILL))
+        let part = part(self.running.get(), name);
+        tokio::task::block_in_place(|| commands::kill(self.running.get(), &part, Signal::KILL))
     }
 
     async fn begin(&mut self, load: &Load) -> Outcome {
@@ -331,7 +314,7 @@ impl Demo {
     /// The owner's session, and the bytes that it has copied from replica to replica.
     async fn session_copied(&self) -> Outcome<(u64, u64)> {
         let (_, volume) = self.volume().await?;
-        let gateway = self.running.dev.of(Kind::Gateway).next().expect("the demo has a gateway");
+        let gateway = self.running.get().of(Kind::Gateway).next().expect("the demo has a gateway");
         let silent = |error: String| Failure::new(format!("{}: cannot be asked: {error}", gateway.name));
         let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", gateway.control))
             .map_err(|error| silent(error.to_string()))?

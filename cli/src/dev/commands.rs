@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::layout::{Dev, Kind, Part, Shape, addresses};
 use super::ports;
 use super::process::State;
+use crate::daemon::StopSignals;
 use crate::failure::{Failure, Outcome};
 use crate::{render, size};
 
@@ -210,7 +211,13 @@ fn differs(dev: &Dev, flag: &str, asked: &str, has: &str) -> Failure {
 pub async fn run(args: DevArgs) -> Outcome {
     match args.command {
         DevCommand::Up(args) => {
-            let dev = up(&args).await?;
+            let mut stop = StopSignals::catch()?;
+            let dev = tokio::select! {
+                dev = up(&args) => dev?,
+                signal = stop.next() => {
+                    return Err(Failure::new(format!("interrupted by {signal}; what was started has been ended")));
+                }
+            };
             for part in dev.of(Kind::Gateway) {
                 let portal = part.data.expect("a gateway has a portal");
                 eprintln!("{} serves initiators at {portal}", part.name);
@@ -274,12 +281,41 @@ pub async fn up(args: &Up) -> Outcome<Dev> {
             dev
         }
     };
-    let started = bring_up(&dev).await;
-    if let Err(failure) = started {
-        let _ = down(&dev);
-        return Err(failure);
+    let dev = EndOnDrop(Some(dev));
+    bring_up(dev.get()).await?;
+    Ok(dev.keep())
+}
+
+/// A cluster whose processes end with this value, on every way out, also when a future is dropped.
+pub struct EndOnDrop(Option<Dev>);
+
+impl EndOnDrop {
+    /// Its processes are to end with this value.
+    pub fn new(dev: Dev) -> Self {
+        Self(Some(dev))
     }
-    Ok(dev)
+    /// The cluster.
+    pub fn get(&self) -> &Dev {
+        self.0.as_ref().expect("there until kept")
+    }
+    /// Its processes are to live on.
+    pub fn keep(mut self) -> Dev {
+        self.0.take().expect("there until kept")
+    }
+}
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        // After a clean end nothing runs any more and this finds nothing.
+        let Some(dev) = &self.0 else { return };
+        let running: Vec<_> = dev.parts().iter().filter_map(|part| dev.process(part)).collect();
+        for process in &running {
+            let _ = process.signal(Signal::KILL);
+        }
+        for process in &running {
+            process.wait_down(KILL_PATIENCE);
+        }
+    }
 }
 
 async fn bring_up(dev: &Dev) -> Outcome {
@@ -358,7 +394,9 @@ fn missing(dev: &Dev, status: &ClusterStatus) -> Option<String> {
         }
     }
     for part in dev.of(Kind::Node) {
-        let member = status.view.members.iter().find(|member| member.name == part.name)?;
+        let Some(member) = status.view.members.iter().find(|member| member.name == part.name) else {
+            return Some(format!("{} is no member yet", part.name));
+        };
         let pools = status.view.pools.iter().filter(|pool| pool.node == member.id).count();
         if pools < dev.pools() as usize {
             return Some(format!("{} has told of {pools} of its {} pools", part.name, dev.pools()));
