@@ -1,1 +1,3 @@
-//! Placeholder.
+//! What needs more than one crate: the simulation; cluster and conformance tests are in `tests/tests`.
+
+pub mod sim;

@@ -19,7 +19,13 @@ pub enum Ask {
 /// What it is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    Opened { epoch: Epoch, old_lease_ms: u64, version: SetVersion, members: Vec<ReplicaId>, awaited: Vec<ReplicaId> },
+    Opened {
+        epoch: Epoch,
+        old_lease_ms: u64,
+        version: SetVersion,
+        members: Vec<ReplicaId>,
+        awaited: Vec<ReplicaId>,
+    },
     /// Another gateway's lease may live.
     InUse,
     Renewed,

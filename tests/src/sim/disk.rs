@@ -226,15 +226,16 @@ impl Disk {
 
     /// Whether writes or punches of data are with the disk.
     pub fn changes_in_flight(&self) -> bool {
-        self.in_flight.values().any(|f| {
-            matches!(f.io, DiskIo::Write { file: FileKind::Data, .. } | DiskIo::Punch { .. })
-        })
+        self.in_flight
+            .values()
+            .any(|f| matches!(f.io, DiskIo::Write { file: FileKind::Data, .. } | DiskIo::Punch { .. }))
     }
 
     /// Takes an operation; says how long it will take and what it has changed already.
     pub fn begin(&mut self, op: OpId, io: DiskIo, rng: &mut Rng) -> (u64, Changed) {
         let faults = self.faults;
-        let is_data = !matches!(&io, DiskIo::Write { file: FileKind::Meta, .. } | DiskIo::Read { file: FileKind::Meta, .. });
+        let is_data =
+            !matches!(&io, DiskIo::Write { file: FileKind::Meta, .. } | DiskIo::Read { file: FileKind::Meta, .. });
         let (mut micros, failing) = match &io {
             DiskIo::Sync { .. } => {
                 let failing = std::mem::take(&mut self.faults.fail_sync).then_some(DiskError::Io);
@@ -260,6 +261,14 @@ impl Disk {
         }
         self.in_flight.insert(op, flight);
         (micros, changed)
+    }
+
+    /// The pages that an operation in flight writes.
+    pub fn would_change(&self, op: OpId) -> Changed {
+        match &self.in_flight[&op].io {
+            DiskIo::Write { file, offset, bytes } => Some((*file, offset / PAGE..(offset + bytes.len() as u64) / PAGE)),
+            _ => None,
+        }
     }
 
     /// An operation has ended.

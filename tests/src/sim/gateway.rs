@@ -275,13 +275,17 @@ impl World {
             Output::Send { slot, attach, tag, request } => {
                 // A link that was lost in this very step takes nothing; the mirror is told so next.
                 if let Link::Up { conn, .. } = session.links[slot] {
-                    self.log(|| format!("  gateway {gateway} -> node {slot} {attach} #{tag} {}", show_request(&request)));
+                    self.log(|| {
+                        format!("  gateway {gateway} -> node {slot} {attach} #{tag} {}", show_request(&request))
+                    });
                     let encoded = request.encode(slot as u32, attach, tag);
                     self.fold(&encoded.head);
                     self.send(conn, Way::Forth, Packet::Frame(encoded.head, encoded.payload));
                 }
             }
-            Output::GiveUp { slot, attach } => self.log(|| format!("gateway {gateway} gives up {attach} at node {slot}")),
+            Output::GiveUp { slot, attach } => {
+                self.log(|| format!("gateway {gateway} gives up {attach} at node {slot}"))
+            }
             Output::Complete { id, outcome } => {
                 let live = now < session.lease_until;
                 if outcome == OpOutcome::Done {

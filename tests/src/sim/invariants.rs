@@ -64,9 +64,9 @@ impl Invariants {
             return;
         }
         watched.page = page.clone();
-        let words: Option<Vec<u64>> = page.as_ref().and_then(|bytes| {
-            decode_bitmap(bytes, PageKind::Dirty, 0, replica_id(node)).map(Iterator::collect)
-        });
+        let words: Option<Vec<u64>> = page
+            .as_ref()
+            .and_then(|bytes| decode_bitmap(bytes, PageKind::Dirty, 0, replica_id(node)).map(Iterator::collect));
         for region in 0..watched.dirty.len() {
             // A page that fails its checksum counts as all dirty (R5).
             let dirty = words.as_ref().is_none_or(|w| w[region / 64] >> (region % 64) & 1 == 1);

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use node::replica::layout::{Layout, MAP_BLOCKS, MapPage, decode_map};
 use node::replica::{
-    Config, ConnId, CopyError, CopyToken, Create, DiskIo, FileLengths, Input, OpId, OpenError, Output, ReplicaCore,
+    Config, ConnId, CopyError, CopyToken, Create, DiskIo, FileKind, FileLengths, Input, OpId, OpenError, Output,
+    ReplicaCore,
 };
 use proto::frame::{CopyTarget, HEADER_LEN, Header, PeerRole, Reply, Request};
 use proto::id::{AttachId, Incarnation};
@@ -129,8 +130,7 @@ impl World {
         let n = &mut self.nodes[node];
         n.copies.clear();
         n.boot += 1;
-        let config =
-            Config { ids: ids(node), blocks: self.setup.blocks, incarnation, map_cache_pages: CACHE_PAGES };
+        let config = Config { ids: ids(node), blocks: self.setup.blocks, incarnation, map_cache_pages: CACHE_PAGES };
         let lengths = FileLengths { data: n.disk.data.bytes(), meta: n.disk.meta.bytes() };
         let mut out = Vec::new();
         if n.created {
@@ -191,8 +191,12 @@ impl World {
         if self.nodes[node].boot != boot {
             return;
         }
+        let damaged = self.nodes[node].disk.would_change(op);
         let (result, changed) = self.nodes[node].disk.end(op, &mut self.rng);
         self.log(|| format!("  node {node} disk {} {}", op.0, if result.is_ok() { "done" } else { "FAILED" }));
+        if let (Err(_), Some((FileKind::Data, pages))) = (&result, &damaged) {
+            self.distrust(pages.clone());
+        }
         self.disk_changed(node, changed);
         self.invariants.disk_moved(node, &self.nodes[node].disk);
         self.node_step(node, Input::DiskDone { op, result });

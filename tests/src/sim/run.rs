@@ -108,6 +108,7 @@ impl World {
             return self.fail("new requests wait though everything is well".to_owned());
         }
         self.work.paused = true;
+        self.write_damaged_again();
         if !self.run_until(EQUAL_WITHIN, World::is_in_order) {
             return self.fail("the mirror does not become equal and clean though everything is well".to_owned());
         }
@@ -119,6 +120,17 @@ impl World {
             && let Err(why) = self.history.check(self.setup.blocks * BLOCK_SECTORS)
         {
             self.fail(format!("history: {why}"));
+        }
+    }
+
+    /// A block that no replica can vouch for is bad until it is written again (R10), and no replica joins before.
+    fn write_damaged_again(&mut self) {
+        let Some(owner) = self.owner() else { return };
+        for block in self.damaged_blocks() {
+            self.write(0, owner, block, 1, false);
+            if !self.run_until(10 * SECOND, |w| w.idle()) {
+                return self.fail(format!("the write of block {block} waits"));
+            }
         }
     }
 
@@ -138,7 +150,10 @@ impl World {
         let others = self.gateways.iter().filter(|g| g.session.is_some()).count();
         others == 1
             && self.owner().is_some_and(|g| {
-                self.gateways[g].session.as_ref().is_some_and(|s| s.epoch == self.control.epoch && s.mirror.is_serving())
+                self.gateways[g]
+                    .session
+                    .as_ref()
+                    .is_some_and(|s| s.epoch == self.control.epoch && s.mirror.is_serving())
             })
     }
 

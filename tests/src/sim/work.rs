@@ -163,7 +163,12 @@ impl World {
         let number = self.history.ask(Asked::Zero, first, sectors, fua || !self.setup.write_cache);
         self.log(|| format!("client {client} on gateway {gateway}: {number} zero {block}+{count} discard {discard}"));
         let out = self.out(gateway, number, block, None);
-        self.submit(client, gateway, out, MirrorOp::Zero { block: BlockIndex(block), count: count as u32, fua, discard });
+        self.submit(
+            client,
+            gateway,
+            out,
+            MirrorOp::Zero { block: BlockIndex(block), count: count as u32, fua, discard },
+        );
     }
 
     pub fn flush(&mut self, client: usize, gateway: usize) {
@@ -231,7 +236,6 @@ impl World {
             }
             OpOutcome::WriteFailed | OpOutcome::NoSpace => {
                 self.counters.failed_writes += 1;
-                self.distrust(out.block, &out);
                 Told::Nothing
             }
             OpOutcome::Medium { block } => {
@@ -260,12 +264,16 @@ impl World {
         self.after(wait, Event::Client { client });
     }
 
-    /// The last replica could not write there: what the blocks hold is open.
-    fn distrust(&mut self, block: u64, out: &Out) {
-        let blocks = out.data.as_ref().map_or(64, |d| d.len() as u64 / 4096);
-        for b in block..(block + blocks).min(self.setup.blocks) {
-            self.work.suspect_blocks[b as usize] = true;
+    /// A disk could not write there: what the blocks hold on it is open.
+    pub(super) fn distrust(&mut self, blocks: std::ops::Range<u64>) {
+        for block in blocks {
+            self.work.suspect_blocks[block as usize] = true;
         }
+    }
+
+    pub(super) fn damaged_blocks(&self) -> Vec<u64> {
+        let damaged = self.work.suspect_blocks.iter().enumerate().filter(|(_, damaged)| **damaged);
+        damaged.map(|(block, _)| block as u64).collect()
     }
 
     /// Disks failed reads: any block may have been unreadable everywhere for a while.

@@ -113,23 +113,81 @@ impl Setup {
 /// What happens at a moment. `boot` numbers a process: what was meant for one that is gone is dropped.
 #[derive(Clone, Debug, Hash)]
 pub enum Event {
-    Deliver { conn: u64, way: Way },
-    DiskEnds { node: usize, boot: u32, op: u64 },
-    NodeTick { node: usize, process: u32 },
-    NodeStarts { node: usize, boot: u32 },
-    CopyLate { node: usize, boot: u32, token: u64 },
-    PeerDialled { node: usize, boot: u32, peer: usize, reached: bool },
-    GatewayTick { gateway: usize, boot: u32 },
-    GatewayStarts { gateway: usize, boot: u32 },
-    Dialled { gateway: usize, session: u64, node: usize, reached: bool },
-    AskArrives { gateway: usize, boot: u32, id: u64 },
-    AnswerArrives { gateway: usize, boot: u32, id: u64, at: usize },
-    AskAgain { gateway: usize, boot: u32, id: u64 },
-    Client { client: usize },
-    Abort { client: usize, number: u32 },
-    Resume { party: Party },
-    Heal { from: Party, to: Party },
-    Calm { party: Party },
+    Deliver {
+        conn: u64,
+        way: Way,
+    },
+    DiskEnds {
+        node: usize,
+        boot: u32,
+        op: u64,
+    },
+    NodeTick {
+        node: usize,
+        process: u32,
+    },
+    NodeStarts {
+        node: usize,
+        boot: u32,
+    },
+    CopyLate {
+        node: usize,
+        boot: u32,
+        token: u64,
+    },
+    PeerDialled {
+        node: usize,
+        boot: u32,
+        peer: usize,
+        reached: bool,
+    },
+    GatewayTick {
+        gateway: usize,
+        boot: u32,
+    },
+    GatewayStarts {
+        gateway: usize,
+        boot: u32,
+    },
+    Dialled {
+        gateway: usize,
+        session: u64,
+        node: usize,
+        reached: bool,
+    },
+    AskArrives {
+        gateway: usize,
+        boot: u32,
+        id: u64,
+    },
+    AnswerArrives {
+        gateway: usize,
+        boot: u32,
+        id: u64,
+        at: usize,
+    },
+    AskAgain {
+        gateway: usize,
+        boot: u32,
+        id: u64,
+    },
+    Client {
+        client: usize,
+    },
+    Abort {
+        client: usize,
+        number: u32,
+    },
+    Resume {
+        party: Party,
+    },
+    Heal {
+        from: Party,
+        to: Party,
+    },
+    Calm {
+        party: Party,
+    },
     Fault,
     /// For scenarios: nothing happens, but a wait ends.
     Alarm,
