@@ -181,7 +181,7 @@ impl Mirror {
             }
             // A replica that left while regions waited for it does not know those that were written without it, and
             // if a member restarted after that, they are suspect as well: nobody can tell which are which.
-            if !self.forced && !(missing.is_empty() && self.awaited.is_empty()) {
+            if !(self.forced || missing.is_empty() && self.awaited.is_empty()) {
                 if now < since + RESTARTED_MS {
                     return;
                 }
