@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use client::control::{ControlClient, ControlConfig, ControlError};
-use proto::cluster::ClusterStatus;
+use proto::cluster::{ClusterStatus, Role};
 use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::Instant;
@@ -26,6 +26,9 @@ const GATEWAY_PATIENCE: Duration = Duration::from_secs(30);
 const MEMBER_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a killed process may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a node that was elected first is given to hand leadership to a witness. It does so in time; a cluster
+/// where it does not is as ready.
+const HAND_OVER_PATIENCE: Duration = Duration::from_secs(4);
 /// Between two looks at what is coming up.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -367,12 +370,16 @@ async fn ready(dev: &Dev, until: Instant) -> Outcome {
     let mut config = ControlConfig::new(dev.cluster_config().members);
     config.deadline = Duration::from_secs(2);
     let client = ControlClient::new(config);
+    let hand_over = Instant::now() + HAND_OVER_PATIENCE;
     loop {
         for part in dev.parts() {
             still_there(dev, part)?;
         }
         let missing = match client.status(false).await {
-            Ok(status) => missing(dev, &status),
+            Ok(status) => match missing(dev, &status) {
+                None if Instant::now() < hand_over && !witness_leads(&status) => Some("a witness is to lead".into()),
+                missing => missing,
+            },
             Err(ControlError::NoAnswer { last, .. }) => Some(format!("nobody leads yet ({last})")),
             Err(error) => return Err(Failure::control("waiting for the cluster", &error)),
         };
@@ -385,6 +392,12 @@ async fn ready(dev: &Dev, until: Instant) -> Outcome {
             }
         }
     }
+}
+
+/// Whether a witness leads, where there is one: then killing a node costs no election (DESIGN §8).
+fn witness_leads(status: &ClusterStatus) -> bool {
+    let mut witnesses = status.view.members.iter().filter(|member| member.role == Role::Witness).peekable();
+    witnesses.peek().is_none() || witnesses.any(|witness| status.leader == Some(witness.id))
 }
 
 fn missing(dev: &Dev, status: &ClusterStatus) -> Option<String> {
