@@ -359,7 +359,8 @@ impl World {
 
     fn send_ask(&mut self, gateway: usize, boot: u32, id: u64) {
         let party = Party::Gateway(gateway);
-        if !self.net.is_cut(party, Party::Control) && !(self.faults_on && self.rng.chance(20)) {
+        let lost = self.net.is_cut(party, Party::Control) || self.faults_on && self.rng.chance(20);
+        if !lost {
             let delay = self.net.delay(party, Party::Control, &mut self.rng);
             self.after(delay, Event::AskArrives { gateway, boot, id });
         }

@@ -164,7 +164,9 @@ impl History {
         for (sector, entries) in of_sector.iter().enumerate() {
             let sector = sector as u64;
             // The sectors of a block most often share their history.
-            if sector % BLOCK_SECTORS != 0 && self.same(sector - 1, &of_sector[sector as usize - 1], sector, entries) {
+            if !sector.is_multiple_of(BLOCK_SECTORS)
+                && self.same(sector - 1, &of_sector[sector as usize - 1], sector, entries)
+            {
                 continue;
             }
             let register = Register { history: self, sector, entries, flushes: &flushes };
