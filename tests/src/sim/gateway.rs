@@ -412,7 +412,7 @@ impl World {
                 g.opening = None;
                 g.take_over = false;
                 if g.session.is_none() {
-                    self.open(gateway, asked_at, epoch, old_lease_ms, version, members, awaited);
+                    self.opened(gateway, asked_at, epoch, old_lease_ms, version, members, awaited);
                 }
             }
             Answer::InUse => {
@@ -443,7 +443,7 @@ impl World {
         self.pause(gateway);
     }
 
-    fn open(
+    fn opened(
         &mut self,
         gateway: usize,
         asked_at: u64,

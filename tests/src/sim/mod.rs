@@ -7,7 +7,7 @@
 //! - `work`: initiators; `faults`: what goes wrong and when;
 //! - `history`: is what initiators were told what one disk could have told them;
 //! - `invariants`: the rules of DESIGN §5 that can be checked at every step;
-//! - `run`: one seed, or one scenario, from beginning to end.
+//! - `run`: one seed, or one scenario, from beginning to end; `script`: what scenarios do by name.
 
 mod control;
 mod disk;
@@ -19,6 +19,7 @@ mod net;
 mod node;
 mod rng;
 mod run;
+mod script;
 mod work;
 mod world;
 
@@ -26,4 +27,4 @@ pub use disk::DiskFaults;
 pub use faults::Fault;
 pub use net::Party;
 pub use run::{Failure, Outcome, run_scenario, run_seed};
-pub use world::{Counters, Setup, World};
+pub use world::{Counters, MS, SECOND, Setup, World};
