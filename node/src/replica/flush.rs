@@ -1,18 +1,18 @@
 //! Making answered writes durable (R9). One pass runs at a time; what comes meanwhile shares the next one.
 //!
 //! ```text
-//! modified map pages ─► sync meta ─┐
-//! sync data ───────────────────────┼─► answer
-//! new presence bits, by a metadata ┘
-//! pass
+//! sync data ──► write map pages ──► sync meta ──► answer
+//! new presence bits, by a metadata pass ──────────┘
 //! ```
 //!
 //! Everything that had been answered when a pass begins is on its way: data writes have ended, and their sums stand
-//! in map pages, which are written as they are at that moment. A page of which a write is in flight is waited for
-//! and written again if it was modified since.
+//! in map pages, which are written as they are at that moment. A page that allocates blocks is written only after
+//! their data is durable (R10): otherwise a crash could leave the allocation without the data, and bytes that lay
+//! there before would be taken for the block's. Where nothing was allocated, data and map pages go out together.
+//!
+//! A pass without requests brings allocations to the disk for the sake of the memory: see `map`.
 
-use std::collections::BTreeSet;
-
+use bytes::Bytes;
 use proto::frame::{Code, Reply};
 use proto::id::FlushNo;
 
@@ -29,6 +29,8 @@ pub(super) struct FlushState {
     /// The newest one that waits for the next pass; 0: none.
     next: FlushNo,
     pending: Vec<u64>,
+    /// The memory is full of pages that allocate blocks.
+    pub(super) wanted: bool,
     running: Option<FlushPass>,
     /// Something has been written to the data file since it was last synced, as far as is known.
     pub(super) data_written: bool,
@@ -44,6 +46,7 @@ impl Default for FlushState {
             completed: FlushNo(0),
             next: FlushNo(0),
             pending: Vec::new(),
+            wanted: false,
             running: None,
             data_written: true,
             meta_written: true,
@@ -55,10 +58,12 @@ impl Default for FlushState {
 struct FlushPass {
     number: FlushNo,
     requests: Vec<u64>,
-    /// Map pages whose write is awaited.
-    writing: BTreeSet<u64>,
-    /// Among them those that are to be written once more.
-    again: BTreeSet<u64>,
+    /// Map pages as they were when the pass began, not written yet: first, count, bytes.
+    held: Vec<(u64, u64, Bytes)>,
+    /// They allocate blocks.
+    data_first: bool,
+    /// Writes of map pages in flight.
+    writing: u32,
     data_synced: bool,
     meta: MetaSync,
     presence_stored: bool,
@@ -74,6 +79,10 @@ enum MetaSync {
 impl FlushState {
     pub(super) fn is_running(&self) -> bool {
         self.running.is_some()
+    }
+    /// A pass runs, or is to.
+    pub(super) fn is_due(&self) -> bool {
+        self.running.is_some() || self.wanted || !self.pending.is_empty()
     }
     /// Begins to count for a new attach.
     pub(super) fn restart(&mut self) {
@@ -102,46 +111,36 @@ impl ReplicaCore {
     }
 
     pub(super) fn start_flush_pass(&mut self, out: &mut Vec<Output>) {
-        if self.flush.running.is_some() || self.flush.pending.is_empty() {
+        // Pages that are being written back would be written twice at a time; no more of that begins meanwhile.
+        if self.flush.running.is_some() || !self.flush.is_due() || self.map.writing_back > 0 {
             return;
         }
+        self.flush.wanted = false;
         let requests = std::mem::take(&mut self.flush.pending);
         self.flush.begun = self.flush.begun.max(std::mem::take(&mut self.flush.next));
-        let modified = std::mem::take(&mut self.map.modified);
-        let in_flight: BTreeSet<u64> = self.map.writing().into_iter().collect();
-        let again: BTreeSet<u64> = modified.intersection(&in_flight).copied().collect();
-        let now: Vec<u64> = modified.difference(&in_flight).copied().collect();
-        self.map.modified = again.clone();
-        let writing = modified.union(&in_flight).copied().collect();
+        let (held, data_first) = self.take_modified_map();
         let presence_stored = !self.store_presence();
+        let unsynced = std::mem::take(&mut self.flush.data_written);
         self.flush.running = Some(FlushPass {
             number: self.flush.begun,
             requests,
-            writing,
-            again,
-            data_synced: !self.flush.data_written,
+            held,
+            data_first,
+            writing: 0,
+            data_synced: !unsynced,
             meta: MetaSync::Writing,
             presence_stored,
         });
-        self.write_map_pages(&now, out);
-        if std::mem::take(&mut self.flush.data_written) {
+        if unsynced {
             self.disk(Io::FlushSync(FileKind::Data), DiskIo::Sync { file: FileKind::Data }, out);
         }
         self.continue_flush(out);
     }
 
-    /// A write of map pages has ended, a flush's or another.
-    pub(super) fn flush_map_written(&mut self, first: u64, count: u64, out: &mut Vec<Output>) {
-        let Some(pass) = &mut self.flush.running else { return };
-        let mut again = Vec::new();
-        for page in first..first + count {
-            if pass.again.remove(&page) && self.map.modified.contains(&page) {
-                again.push(page);
-            } else {
-                pass.writing.remove(&page);
-            }
-        }
-        self.write_map_pages(&again, out);
+    /// A write of this pass's map pages has ended.
+    pub(super) fn flush_map_written(&mut self, out: &mut Vec<Output>) {
+        let pass = self.flush.running.as_mut().expect("the pass of this write");
+        pass.writing -= 1;
         self.continue_flush(out);
     }
 
@@ -168,7 +167,13 @@ impl ReplicaCore {
 
     fn continue_flush(&mut self, out: &mut Vec<Output>) {
         let Some(pass) = &mut self.flush.running else { return };
-        if pass.meta == MetaSync::Writing && pass.writing.is_empty() {
+        if !pass.data_first || pass.data_synced {
+            let held = std::mem::take(&mut pass.held);
+            pass.writing += held.len() as u32;
+            held.into_iter().for_each(|(first, count, bytes)| self.write_map(first, count, bytes, true, out));
+        }
+        let pass = self.flush.running.as_mut().expect("seen above");
+        if pass.meta == MetaSync::Writing && pass.held.is_empty() && pass.writing == 0 {
             if std::mem::take(&mut self.flush.meta_written) {
                 pass.meta = MetaSync::Syncing;
                 return self.disk(Io::FlushSync(FileKind::Meta), DiskIo::Sync { file: FileKind::Meta }, out);

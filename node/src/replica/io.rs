@@ -5,7 +5,7 @@ use proto::frame::{Code, Reply, block_sum, zero_block_sum};
 use proto::id::BlockIndex;
 use proto::limits::{BLOCK_SIZE, MAX_DISCARD_BLOCKS, MAX_REQUEST_BLOCKS};
 
-use super::dirty_log::{Waiter, regions_of};
+use super::dirty_log::{Waiter, regions_of, runs};
 use super::interface::{DiskData, DiskError, DiskIo, FileKind, Notice, Output};
 use super::layout::{MAP_BLOCKS, MAP_REGIONS};
 use super::map::{Snapshot, place};
@@ -33,6 +33,8 @@ pub(super) struct WriteOp {
     data: Bytes,
     /// It goes on where another write ended.
     sequential: bool,
+    /// The disk refused it. Blocks that held nothing are being punched, in these runs.
+    failed: Option<(Code, Vec<(u64, u64)>)>,
 }
 
 #[derive(Debug)]
@@ -46,7 +48,14 @@ pub(super) struct ZeroOp {
     done: u64,
     /// Blocks that are to be punched, from and up to.
     punch: (u64, u64),
+    /// Those that have been given to the disk.
+    punched: Vec<(u64, u64)>,
+    /// What could not be punched could not be overwritten with zeroes either.
+    failed: Option<Code>,
 }
+
+/// Stands for a write of zeroes among a zero request's disk operations; others are its punches by number.
+const ZERO_WRITE: u32 = u32::MAX;
 
 impl ReadOp {
     pub(super) fn new(block: BlockIndex, count: u32) -> Self {
@@ -56,7 +65,7 @@ impl ReadOp {
 
 impl WriteOp {
     pub(super) fn new(block: BlockIndex, fua: bool, sums: Vec<u32>, data: Bytes) -> Self {
-        Self { block, fua, sums, data, sequential: false }
+        Self { block, fua, sums, data, sequential: false, failed: None }
     }
     fn count(&self) -> u64 {
         self.sums.len() as u64
@@ -65,8 +74,16 @@ impl WriteOp {
 
 impl ZeroOp {
     pub(super) fn new(block: BlockIndex, count: u32, fua: bool) -> Self {
-        Self { block, count, fua, begun: false, done: 0, punch: (0, 0) }
+        Self { block, count, fua, begun: false, done: 0, punch: (0, 0), punched: Vec::new(), failed: None }
     }
+}
+
+/// Notes that these blocks are to be punched; tells how many disk operations that takes.
+fn begin_punch(zero: &mut ZeroOp, from: u64, to: u64) -> u32 {
+    if from < to {
+        zero.punched.push((from, to));
+    }
+    u32::from(from < to)
 }
 
 macro_rules! body {
@@ -201,23 +218,39 @@ impl ReplicaCore {
         &mut self,
         id: u64,
         mut op: Op,
+        piece: u32,
         result: Result<DiskData, DiskError>,
         out: &mut Vec<Output>,
     ) {
         let write = body!(op, Write);
         let block = write.block;
         self.flush.data_written = true;
+        if write.failed.is_some() {
+            return self.failed_write_punched(id, op, piece, result.is_err(), out);
+        }
         if let Err(error) = result {
             out.push(Output::Notice(Notice::WriteFailed { block, error }));
             let code = if error == DiskError::NoSpace { Code::NoSpace } else { Code::WriteFailed };
-            return self.fail(op, code, block.0, out);
+            // Part of it may be there. Blocks that held nothing must stay that way on the disk too (see `map`).
+            let map = self.snapshot(block, write.count());
+            let held_nothing = (0..write.count()).filter(|i| !map.allocated(*i as usize));
+            let pieces = runs(held_nothing.map(|i| block.0 + i));
+            if pieces.is_empty() {
+                return self.fail(op, code, block.0, out);
+            }
+            write.failed = Some((code, pieces.clone()));
+            op.ios = pieces.len() as u32;
+            self.ops.insert(id, op);
+            for (i, (first, count)) in pieces.into_iter().enumerate() {
+                self.punch(id, i as u32, first, first + count, out);
+            }
+            return;
         }
         let mut at = 0;
         while at < write.sums.len() {
             let (page, i) = place(block.0 + at as u64);
             let n = (write.sums.len() - at).min(MAP_BLOCKS as usize - i);
-            let map = self.map.modify(page);
-            (0..n).for_each(|k| map.set(i + k, write.sums[at + k]));
+            self.map.set_sums(page, i, &write.sums[at..at + n]);
             at += n;
         }
         if write.fua && !op.ended {
@@ -228,6 +261,23 @@ impl ReplicaCore {
         }
         let done = Reply::Done(op.kind);
         self.finish(op, done, out);
+    }
+
+    fn failed_write_punched(&mut self, id: u64, mut op: Op, piece: u32, failed: bool, out: &mut Vec<Output>) {
+        let write = body!(op, Write);
+        let (code, pieces) = write.failed.as_ref().expect("the write has failed");
+        let (code, block) = (*code, write.block);
+        if failed {
+            let (first, count) = pieces[piece as usize];
+            for (page, at) in (first..first + count).map(place) {
+                self.map.modify(page).distrust(at);
+            }
+        }
+        if op.ios > 0 {
+            self.ops.insert(id, op);
+        } else {
+            self.fail(op, code, block.0, out);
+        }
     }
 
     pub(super) fn zero(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
@@ -263,6 +313,7 @@ impl ReplicaCore {
             }
             zero.begun = true;
         }
+        let begun = zero.punched.len();
         while zero.done < u64::from(zero.count) {
             let block = zero.block.0 + zero.done;
             let (page, at) = place(block);
@@ -274,8 +325,10 @@ impl ReplicaCore {
                 continue;
             }
             if !self.map_or_wait(BlockIndex(block), n, id, out) {
-                self.ops.insert(id, op);
-                return;
+                // Whatever comes meanwhile, what the map has for zeroes is on its way to be freed.
+                let (from, to) = std::mem::take(&mut zero.punch);
+                op.ios += begin_punch(zero, from, to);
+                return self.punch_begun(id, op, begun, out);
             }
             let map = self.map.get(page).expect("the map page is in memory");
             let in_use = |i: &usize| map.is_allocated(*i) || map.is_unverified(*i);
@@ -289,43 +342,66 @@ impl ReplicaCore {
                     zero.punch = (from, block + n);
                 } else {
                     zero.punch = (block, block + n);
-                    op.ios += self.punch(id, from, to, out);
+                    op.ios += begin_punch(zero, from, to);
                 }
             }
             zero.done += n;
         }
         let (from, to) = std::mem::take(&mut zero.punch);
-        op.ios += self.punch(id, from, to, out);
+        op.ios += begin_punch(zero, from, to);
         if op.ios > 0 {
-            self.ops.insert(id, op);
+            self.punch_begun(id, op, begun, out);
         } else {
             self.zeroed(id, op, out);
         }
     }
 
-    /// Frees the blocks `from..to`; tells how many disk operations that takes.
-    fn punch(&mut self, id: u64, from: u64, to: u64, out: &mut Vec<Output>) -> u32 {
-        if from == to {
-            return 0;
+    /// Gives the punches that were begun, from number `begun` on, to the disk.
+    fn punch_begun(&mut self, id: u64, mut op: Op, begun: usize, out: &mut Vec<Output>) {
+        let punches = body!(op, Zero).punched[begun..].to_vec();
+        self.ops.insert(id, op);
+        for (i, (from, to)) in (begun..).zip(punches) {
+            self.punch(id, i as u32, from, to, out);
         }
+    }
+
+    /// Frees the blocks `from..to`.
+    fn punch(&mut self, id: u64, piece: u32, from: u64, to: u64, out: &mut Vec<Output>) {
         let punch = DiskIo::Punch { offset: from * BLOCK_SIZE, len: (to - from) * BLOCK_SIZE };
-        self.disk(Io::Op { op: id, piece: 0 }, punch, out);
-        1
+        self.disk(Io::Op { op: id, piece }, punch, out);
     }
 
     pub(super) fn punch_done(
         &mut self,
         id: u64,
         mut op: Op,
+        piece: u32,
         result: Result<DiskData, DiskError>,
         out: &mut Vec<Output>,
     ) {
         let zero = body!(op, Zero);
         self.flush.data_written = true;
-        if result.is_err() {
-            // The map says that the blocks read as zeroes, whatever the disk still holds there.
-            out.push(Output::Notice(Notice::PunchFailed { block: zero.block }));
+        match result {
+            Ok(_) => {}
+            Err(error) if piece == ZERO_WRITE => {
+                let code = if error == DiskError::NoSpace { Code::NoSpace } else { Code::WriteFailed };
+                zero.failed.get_or_insert(code);
+                out.push(Output::Notice(Notice::WriteFailed { block: zero.block, error }));
+            }
+            Err(_) => {
+                // The space stays taken. The old bytes must go all the same (see `map`).
+                let (from, to) = zero.punched[piece as usize];
+                out.push(Output::Notice(Notice::PunchFailed { block: BlockIndex(from) }));
+                for from in (from..to).step_by(MAX_REQUEST_BLOCKS as usize) {
+                    let count = (to - from).min(MAX_REQUEST_BLOCKS.into());
+                    let bytes = Bytes::from_static(&ZEROES[..(count * BLOCK_SIZE) as usize]);
+                    let write = DiskIo::Write { file: FileKind::Data, offset: from * BLOCK_SIZE, bytes };
+                    self.disk(Io::Op { op: id, piece: ZERO_WRITE }, write, out);
+                    op.ios += 1;
+                }
+            }
         }
+        let zero = body!(op, Zero);
         if op.ios > 0 {
             self.ops.insert(id, op);
         } else if op.ended {
@@ -339,6 +415,10 @@ impl ReplicaCore {
 
     fn zeroed(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
         let zero = body!(op, Zero);
+        if let Some(code) = zero.failed {
+            let block = zero.block.0;
+            return self.fail(op, code, block, out);
+        }
         if zero.fua && op.touched {
             self.end_changes(&mut op);
             return self.flush_write(id, op);

@@ -136,6 +136,11 @@ impl MapPage {
         self.allocated[i / 64] &= !(1 << (i % 64));
         self.unverified[i / 64] &= !(1 << (i % 64));
     }
+    /// Block `i` can't be trusted.
+    pub fn distrust(&mut self, i: usize) {
+        self.allocated[i / 64] |= 1 << (i % 64);
+        self.unverified[i / 64] |= 1 << (i % 64);
+    }
     /// Whether any block of region `r` (0, 1 or 2) of the page is allocated or unverified.
     pub fn region_in_use(&self, r: usize) -> bool {
         let words = r * 4..r * 4 + 4;

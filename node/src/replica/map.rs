@@ -2,15 +2,28 @@
 //!
 //! ```text
 //! absent ──► loading ──► ready ──► (written back if modified) ──► absent
+//!               │ │  ▲
+//!               │ └──┴─ sweeping: left-over bytes of unallocated blocks are freed
 //!               └─ bad ──► marking: its regions become durably dirty ──► ready, every block unverified
 //! ```
+//!
+//! A page that allocates blocks is written only by a flush, after their data; when such pages fill the memory, a
+//! flush is begun for their sake, and above [`SLACK`] more requests wait for their pages.
+//!
+//! A crash can leave bytes in a block that the map has for unallocated: a write whose allocation was lost, a punch
+//! that was lost. They must never come back (R10), not even when the map page is lost later and the block's bytes
+//! are all there is. So where regions were dirty when the process started, unallocated blocks are punched before
+//! their map page is used; the flush that R8 asks for before such a region is served makes that durable. What
+//! can't be punched is unverified, never zeroes.
 
 use std::collections::BTreeSet;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use proto::frame::Code;
 use proto::id::BlockIndex;
+use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 
+use super::bitset::BitSet;
 use super::dirty_log::{Waiter, runs};
 use super::interface::{DiskData, DiskError, DiskIo, FaultReason, FileKind, Notice, Output};
 use super::layout::{self, MAP_BLOCKS, MAP_REGIONS, MapPage, PAGE};
@@ -21,7 +34,9 @@ const IDLE_PAGES: usize = 64;
 /// After this time without a request a replica gives memory back.
 const IDLE_MS: u64 = 10_000;
 /// The least that the memory is bounded to: requests that need two pages must find room for both.
-const MIN_PAGES: usize = if cfg!(test) { 2 } else { 64 };
+const MIN_PAGES: usize = if cfg!(test) { 1 } else { 64 };
+/// Pages above the limit at which loading waits: more than all requests in flight can hold in memory.
+const SLACK: usize = 1024;
 /// Map pages in one disk write.
 const MAX_WRITE_PAGES: u64 = 64;
 
@@ -35,8 +50,16 @@ pub(super) struct MapCache {
     limit: usize,
     /// Pages have come, or may go now: there may be too many.
     crowded: bool,
+    /// Above so many pages no more are loaded.
+    hard_limit: usize,
+    /// Requests that wait for room.
+    stalled: Vec<u64>,
     /// Pages that differ from the disk.
-    pub(super) modified: BTreeSet<u64>,
+    modified: BTreeSet<u64>,
+    /// Writes of single pages in flight, outside of flushes.
+    pub(super) writing_back: u32,
+    /// Pages with a region that was dirty when the process started, and that have not been swept since.
+    pub(super) unswept: BitSet,
 }
 
 #[derive(Debug)]
@@ -48,6 +71,8 @@ struct Slot {
     /// Requests that will change the page when their data is on the disk.
     pins: u32,
     modified: bool,
+    /// It allocates blocks whose data may not be durable yet.
+    allocates: bool,
     writing: bool,
     /// Used since the hand passed.
     used: bool,
@@ -59,11 +84,13 @@ enum SlotState {
     Loading,
     /// Bad; its regions are being marked.
     Marking,
+    /// Unallocated blocks are being punched; so many punches have not ended.
+    Sweeping(Box<MapPage>, u32),
     Ready(Box<MapPage>),
 }
 
 impl MapCache {
-    pub(super) fn new(limit: usize) -> Self {
+    pub(super) fn new(limit: usize, pages: u64) -> Self {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
@@ -71,12 +98,17 @@ impl MapCache {
             hand: 0,
             limit: limit.max(MIN_PAGES),
             crowded: false,
+            hard_limit: limit.max(MIN_PAGES) + SLACK,
+            stalled: Vec::new(),
             modified: BTreeSet::new(),
+            writing_back: 0,
+            unswept: BitSet::new(pages),
         }
     }
 
     pub(super) fn set_limit(&mut self, pages: usize) {
         self.limit = pages.max(MIN_PAGES);
+        self.hard_limit = self.limit + SLACK;
         self.crowded = true;
     }
 
@@ -93,7 +125,16 @@ impl MapCache {
     }
 
     fn insert(&mut self, page: u64, state: SlotState) {
-        let slot = Slot { page, state, waiters: Vec::new(), pins: 0, modified: false, writing: false, used: true };
+        let slot = Slot {
+            page,
+            state,
+            waiters: Vec::new(),
+            pins: 0,
+            modified: false,
+            allocates: false,
+            writing: false,
+            used: true,
+        };
         let i = match self.free.pop() {
             Some(i) => {
                 self.slots[i as usize] = slot;
@@ -141,11 +182,20 @@ impl MapCache {
         }
     }
 
-    /// Pages of which a write is in flight.
-    pub(super) fn writing(&self) -> Vec<u64> {
-        let mut pages: Vec<u64> = self.slots.iter().filter(|s| s.writing).map(|s| s.page).collect();
-        pages.sort_unstable();
-        pages
+    /// Data has been written to these blocks of the page: they have these sums.
+    pub(super) fn set_sums(&mut self, page: u64, at: usize, sums: &[u32]) {
+        let map = self.modify(page);
+        let mut allocates = false;
+        for (i, sum) in (at..).zip(sums) {
+            allocates |= !map.is_allocated(i) || map.is_unverified(i);
+            map.set(i, *sum);
+        }
+        self.slot(page).expect("modified above").allocates |= allocates;
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_hard_limit(&mut self, pages: usize) {
+        self.hard_limit = pages;
     }
 }
 
@@ -181,7 +231,11 @@ impl ReplicaCore {
             if !self.regions.present.get(page) {
                 continue;
             }
-            self.load_map(page, out);
+            if !self.load_map(page, out) {
+                self.map.stalled.push(id);
+                waiting = true;
+                break;
+            }
             let slot = self.map.slot(page).expect("loaded above");
             slot.used = true;
             if !matches!(slot.state, SlotState::Ready(_)) && !waiting {
@@ -207,14 +261,19 @@ impl ReplicaCore {
         }
     }
 
-    /// Begins to load a page that isn't in memory.
-    pub(super) fn load_map(&mut self, page: u64, out: &mut Vec<Output>) {
+    /// Begins to load a page that isn't in memory. False: there is no room.
+    pub(super) fn load_map(&mut self, page: u64, out: &mut Vec<Output>) -> bool {
         if self.map.index.contains_key(&page) {
-            return;
+            return true;
+        }
+        if self.map.index.len() >= self.map.hard_limit {
+            self.map.crowded = true;
+            return false;
         }
         self.map.insert(page, SlotState::Loading);
         let read = DiskIo::Read { file: FileKind::Meta, offset: self.layout.map(page), len: PAGE as u32 };
         self.disk(Io::MapLoad { page }, read, out);
+        true
     }
 
     /// What is known of these blocks, at most 256. Their pages are in memory where they exist.
@@ -248,8 +307,7 @@ impl ReplicaCore {
         };
         let slot = self.map.slot(page).expect("a page that loads has its slot");
         if let Some(map) = loaded {
-            slot.state = SlotState::Ready(map);
-            return self.wake_page(page);
+            return self.sweep(page, map, out);
         }
         // Lost, torn or rotten: the blocks are unverified, never zeroes, and before anybody acts on that, or the
         // page is written again, its regions are durably dirty (R10).
@@ -260,6 +318,60 @@ impl ReplicaCore {
         self.distrust(first, end);
         if self.may_change_or_wait(first..end, false, Waiter::Page(page)) {
             self.bad_page_marked(page, out);
+        }
+    }
+
+    /// Frees what unallocated blocks still hold, once after the process has started.
+    fn sweep(&mut self, page: u64, map: Box<MapPage>, out: &mut Vec<Output>) {
+        let first_block = page * MAP_BLOCKS;
+        let left_over = |at: &u64| {
+            let block = first_block + at;
+            block < self.layout.blocks
+                && !map.is_allocated(*at as usize)
+                && !map.is_unverified(*at as usize)
+                && self.regions.suspect.get(block / REGION_BLOCKS)
+        };
+        let pieces = match self.map.unswept.get(page) {
+            true => runs((0..MAP_BLOCKS).filter(left_over)),
+            false => Vec::new(),
+        };
+        self.map.unswept.clear(page);
+        let slot = self.map.slot(page).expect("a page that loads has its slot");
+        if pieces.is_empty() {
+            slot.state = SlotState::Ready(map);
+            return self.wake_page(page);
+        }
+        slot.state = SlotState::Sweeping(map, pieces.len() as u32);
+        for (at, count) in pieces {
+            let (offset, len) = ((first_block + at) * BLOCK_SIZE, count * BLOCK_SIZE);
+            self.disk(Io::Sweep { page, at, count }, DiskIo::Punch { offset, len }, out);
+        }
+    }
+
+    pub(super) fn swept(&mut self, page: u64, at: u64, count: u64, failed: bool, out: &mut Vec<Output>) {
+        self.flush.data_written = true;
+        if failed {
+            out.push(Output::Notice(Notice::PunchFailed { block: BlockIndex(page * MAP_BLOCKS + at) }));
+        }
+        let slot = self.map.slot(page).expect("a page that is swept has its slot");
+        let SlotState::Sweeping(map, left) = &mut slot.state else {
+            panic!("map page {page} swept while not sweeping")
+        };
+        *left -= 1;
+        if failed {
+            (at..at + count).for_each(|i| map.distrust(i as usize));
+            if !slot.modified {
+                slot.modified = true;
+                self.map.modified.insert(page);
+            }
+        }
+        let slot = self.map.slot(page).expect("seen above");
+        if matches!(slot.state, SlotState::Sweeping(_, 0)) {
+            let SlotState::Sweeping(map, _) = std::mem::replace(&mut slot.state, SlotState::Absent) else {
+                unreachable!("seen above")
+            };
+            slot.state = SlotState::Ready(map);
+            self.wake_page(page);
         }
     }
 
@@ -293,9 +405,13 @@ impl ReplicaCore {
     /// Drops pages, or begins to write modified ones back, while there are too many. Only at the end of a step, when
     /// every request that goes on waiting stands in the table.
     pub(super) fn make_room(&mut self, out: &mut Vec<Output>) {
-        if std::mem::take(&mut self.map.crowded) {
+        // While requests wait for room, any step may have made some.
+        if std::mem::take(&mut self.map.crowded) || !self.map.stalled.is_empty() {
             let limit = self.map.limit;
             self.shrink_map(limit, out);
+            if self.map.index.len() < self.map.hard_limit {
+                self.ready.extend(std::mem::take(&mut self.map.stalled));
+            }
         }
     }
 
@@ -317,12 +433,18 @@ impl ReplicaCore {
             if std::mem::take(&mut slot.used) {
                 continue;
             }
-            if slot.modified {
+            if !slot.modified {
+                self.map.remove(page);
+            } else if self.flush.is_due() {
+                // The flush writes it.
+            } else if slot.allocates {
+                self.flush.wanted = true;
+            } else {
                 // It can be dropped when it has been written. Its data may reach the disk later than it does: a
                 // crash then leaves a mismatch in a dirty region.
-                self.write_map(page, 1, out);
-            } else {
-                self.map.remove(page);
+                self.map.writing_back += 1;
+                let (bytes, _) = self.encode_map(page, 1);
+                self.write_map(page, 1, bytes, false, out);
             }
         }
     }
@@ -341,36 +463,46 @@ impl ReplicaCore {
         }
     }
 
-    /// Writes these modified pages, no write of which is in flight; runs of neighbours go out as one write.
-    pub(super) fn write_map_pages(&mut self, pages: &[u64], out: &mut Vec<Output>) {
-        for (first, count) in runs(pages.iter().copied()) {
-            let mut at = first;
-            while at < first + count {
+    /// Every modified page as it is now, to be written, in runs; and whether any of them allocates blocks.
+    pub(super) fn take_modified_map(&mut self) -> (Vec<(u64, u64, Bytes)>, bool) {
+        let (mut taken, mut any_allocates) = (Vec::new(), false);
+        for (first, count) in runs(std::mem::take(&mut self.map.modified).into_iter()) {
+            for at in (first..first + count).step_by(MAX_WRITE_PAGES as usize) {
                 let n = (first + count - at).min(MAX_WRITE_PAGES);
-                self.write_map(at, n, out);
-                at += n;
+                let (bytes, allocates) = self.encode_map(at, n);
+                any_allocates |= allocates;
+                taken.push((at, n, bytes));
             }
         }
+        (taken, any_allocates)
     }
 
-    fn write_map(&mut self, first: u64, count: u64, out: &mut Vec<Output>) {
+    /// The bytes of modified pages, which count as being written from here on; and whether they allocate blocks.
+    fn encode_map(&mut self, first: u64, count: u64) -> (Bytes, bool) {
         let mut bytes = BytesMut::with_capacity((count * PAGE) as usize);
+        let mut any_allocates = false;
         for page in first..first + count {
             let slot = self.map.slot(page).expect("a modified page is in memory");
             assert!(slot.modified && !slot.writing, "map page {page} written twice at a time");
             (slot.modified, slot.writing) = (false, true);
-            let SlotState::Ready(map) = &slot.state else { panic!("map page {page} written while not ready") };
+            any_allocates |= std::mem::take(&mut slot.allocates);
+            let SlotState::Ready(map) = &slot.state else { panic!("map page {page} written while {:?}", slot.state) };
             layout::encode_map(&mut bytes, page, self.config.ids.replica, map);
             self.map.modified.remove(&page);
         }
-        let write = DiskIo::Write { file: FileKind::Meta, offset: self.layout.map(first), bytes: bytes.freeze() };
-        self.disk(Io::MapWrite { first, count }, write, out);
+        (bytes.freeze(), any_allocates)
+    }
+
+    pub(super) fn write_map(&mut self, first: u64, count: u64, bytes: Bytes, flush: bool, out: &mut Vec<Output>) {
+        let write = DiskIo::Write { file: FileKind::Meta, offset: self.layout.map(first), bytes };
+        self.disk(Io::MapWrite { first, count, flush }, write, out);
     }
 
     pub(super) fn map_written(
         &mut self,
         first: u64,
         count: u64,
+        flush: bool,
         result: Result<DiskData, DiskError>,
         out: &mut Vec<Output>,
     ) {
@@ -383,6 +515,10 @@ impl ReplicaCore {
         }
         self.flush.meta_written = true;
         self.map.crowded = true;
-        self.flush_map_written(first, count, out);
+        if flush {
+            self.flush_map_written(out);
+        } else {
+            self.map.writing_back -= 1;
+        }
     }
 }

@@ -2,16 +2,22 @@
 //!
 //! ```text
 //! create: bitmaps ─► sync both files ─► superblocks ─► sync ─► opened
-//! open:   superblocks ─► bitmaps ─► map pages under a bad presence page ─► bad superblock copy rewritten ─► opened
+//! open:   sync meta ─► superblocks ─► bitmaps ─► map pages under a bad presence page ─► bad superblock copy rewritten
+//!         ─► dirty regions without a map page punched ─► opened
 //! ```
+//!
+//! The sync comes first because a killed predecessor may have written dirty bits, or an epoch, that are only in the
+//! page cache: read from there they would pass for durable (R1, R5).
 //!
 //! A replica without a good superblock was never made, or has lost it; so the superblock comes last (§6).
 
 use bytes::BytesMut;
 use proto::frame::SetView;
 use proto::id::{AttachId, AttachNo, Epoch};
+use proto::limits::REGION_SIZE;
 
 use super::bitset::BitSet;
+use super::dirty_log::runs;
 use super::interface::{
     Config, Create, DiskData, DiskError, DiskIo, FileKind, FileLengths, OpenError, OpenReport, Output,
 };
@@ -41,12 +47,14 @@ enum Stage {
     NewBitmaps,
     NewBitmapsSync,
     NewSuperblocks,
+    FirstSync,
     Superblocks,
     Bitmaps,
     LostPresence,
     Repair,
-    /// Nothing else is awaited.
     LastSync,
+    /// Nothing else is awaited.
+    Sweep,
 }
 
 impl Opening {
@@ -115,7 +123,7 @@ impl ReplicaCore {
             set: SetView::default(),
             rebuilt: false,
         };
-        let mut core = Self::new(config, superblock, Opening::new(Stage::Superblocks));
+        let mut core = Self::new(config, superblock, Opening::new(Stage::FirstSync));
         let layout = core.layout;
         // Whose it is comes before how long it is; for that, the superblocks must be there.
         if lengths.meta < 2 * PAGE {
@@ -128,11 +136,8 @@ impl ReplicaCore {
             return core;
         }
         core.opening().pieces = vec![(lengths.data, lengths.meta)];
-        core.opening().ios = 2;
-        for copy in 0..2u8 {
-            let read = DiskIo::Read { file: FileKind::Meta, offset: layout.superblock(copy), len: PAGE as u32 };
-            core.disk(Io::Open(copy.into()), read, out);
-        }
+        core.opening().ios = 1;
+        core.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta }, out);
         core
     }
 
@@ -160,6 +165,7 @@ impl ReplicaCore {
             }
             Stage::Bitmaps => self.take_bitmaps(piece, result.ok()),
             Stage::LostPresence => self.look_for_map_pages(result.ok()),
+            Stage::Sweep if result.is_err() => self.keep_unswept(piece),
             _ => {
                 if let Err(error) = result {
                     let file = FileKind::Meta;
@@ -191,6 +197,15 @@ impl ReplicaCore {
                 self.opening().ios = 1;
                 self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta }, out);
             }
+            Stage::FirstSync => {
+                self.opening().stage = Stage::Superblocks;
+                self.opening().ios = 2;
+                for copy in 0..2u8 {
+                    let offset = self.layout.superblock(copy);
+                    let read = DiskIo::Read { file: FileKind::Meta, offset, len: PAGE as u32 };
+                    self.disk(Io::Open(copy.into()), read, out);
+                }
+            }
             Stage::Superblocks => match self.choose_superblock() {
                 Ok(()) => self.read_bitmaps(out),
                 Err(error) => self.open_failed(error, out),
@@ -214,7 +229,8 @@ impl ReplicaCore {
                 let read = DiskIo::Read { file: FileKind::Meta, offset, len: (count * PAGE) as u32 };
                 self.disk(Io::Open(0), read, out);
             }
-            Stage::LastSync => self.opened(out),
+            Stage::LastSync => self.sweep_unmapped(out),
+            Stage::Sweep => self.opened(out),
         }
     }
 
@@ -336,10 +352,43 @@ impl ReplicaCore {
                 self.opening().ios = 1;
                 self.write_superblock(copy, out);
             }
-            None => {
-                self.opening().stage = Stage::LastSync;
-                self.opened(out);
-            }
+            None => self.sweep_unmapped(out),
+        }
+    }
+
+    /// Frees what dirty regions without a map page may hold: writes whose map page was lost before it was promised.
+    /// They read as zeroes, and must never read as anything else (see `map`).
+    fn sweep_unmapped(&mut self, out: &mut Vec<Output>) {
+        self.opening().stage = Stage::Sweep;
+        let new = self.opening().new;
+        let in_doubt: Vec<u64> = (0..self.layout.regions).filter(|r| !new && self.regions.dirty.get(*r)).collect();
+        let (mapped, unmapped): (Vec<u64>, Vec<u64>) =
+            in_doubt.into_iter().partition(|r| self.regions.present.get(r / MAP_REGIONS));
+        for region in mapped {
+            self.map.unswept.set(region / MAP_REGIONS);
+        }
+        let pieces = runs(unmapped.into_iter());
+        if pieces.is_empty() {
+            return self.opened(out);
+        }
+        let opening = self.opening();
+        opening.ios = pieces.len() as u32;
+        opening.pieces = pieces.clone();
+        for (i, (first, count)) in pieces.into_iter().enumerate() {
+            let offset = first * REGION_SIZE;
+            let len = ((first + count) * REGION_SIZE).min(self.layout.data_len()) - offset;
+            self.disk(Io::Open(i as u32), DiskIo::Punch { offset, len }, out);
+        }
+    }
+
+    /// What can't be freed can't be trusted: its map pages count as written, so one that isn't there was lost, and
+    /// one that is, is swept when it is loaded.
+    fn keep_unswept(&mut self, piece: u32) {
+        let (first, count) = self.opening().pieces[piece as usize];
+        for page in first / MAP_REGIONS..=(first + count - 1) / MAP_REGIONS {
+            self.regions.present.set(page);
+            self.passes.presence_pages.insert(page / BITMAP_BITS);
+            self.map.unswept.set(page);
         }
     }
 

@@ -443,8 +443,11 @@ impl ReplicaCore {
             Some(bytes) => {
                 for (block, bytes) in (block..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
                     let (page, at) = place(block);
-                    let map = self.map.modify(page);
-                    if bytes.iter().all(|b| *b == 0) { map.clear(at) } else { map.set(at, block_sum(bytes)) }
+                    if bytes.iter().all(|b| *b == 0) {
+                        self.map.modify(page).clear(at);
+                    } else {
+                        self.map.set_sums(page, at, &[block_sum(bytes)]);
+                    }
                 }
             }
             None => {

@@ -151,7 +151,8 @@ pub(super) enum Io {
     PassWrite(PassWrite),
     PassSync,
     MapLoad { page: u64 },
-    MapWrite { first: u64, count: u64 },
+    MapWrite { first: u64, count: u64, flush: bool },
+    Sweep { page: u64, at: u64, count: u64 },
     FlushSync(FileKind),
 }
 
@@ -168,7 +169,7 @@ impl ReplicaCore {
             superblock,
             regions: Regions::new(&layout),
             passes: MetaPasses::default(),
-            map: MapCache::new(config.map_cache_pages),
+            map: MapCache::new(config.map_cache_pages, layout.map_pages),
             attach: AttachState::default(),
             flush: FlushState::default(),
             repair: RepairState::default(),
@@ -365,7 +366,8 @@ impl ReplicaCore {
             Io::PassWrite(write) => self.pass_write_done(write, result, out),
             Io::PassSync => self.pass_sync_done(result, out),
             Io::MapLoad { page } => self.map_loaded(page, result, out),
-            Io::MapWrite { first, count } => self.map_written(first, count, result, out),
+            Io::MapWrite { first, count, flush } => self.map_written(first, count, flush, result, out),
+            Io::Sweep { page, at, count } => self.swept(page, at, count, result.is_err(), out),
             Io::FlushSync(file) => self.flush_synced(file, result, out),
         }
     }
@@ -375,9 +377,9 @@ impl ReplicaCore {
         assert!(op.ios > 0, "more disk operations ended than were begun");
         op.ios -= 1;
         match &op.body {
-            Body::Write(_) => self.write_done(id, op, result, out),
+            Body::Write(_) => self.write_done(id, op, piece, result, out),
             Body::Read(_) => self.read_done(op, result, out),
-            Body::Zero(_) => self.punch_done(id, op, result, out),
+            Body::Zero(_) => self.punch_done(id, op, piece, result, out),
             Body::Hash(_) | Body::Copy(_) | Body::Restamp(_) => self.repair_done(id, op, piece, result, out),
             Body::Flush | Body::Meta { .. } => unreachable!("has no disk operations of its own"),
         }

@@ -249,6 +249,7 @@ impl Rig {
                 }
                 Output::Disk { op, io } => {
                     self.check_dirty_before_data(&io);
+                    self.check_data_before_allocation(&io);
                     self.trace.push(io.clone());
                     match &io {
                         DiskIo::Write { file, offset, bytes } => {
@@ -301,6 +302,24 @@ impl Rig {
         let word = words.next().expect("a page has words");
         for region in offset >> 20..=(offset + len - 1) >> 20 {
             assert!(word & (1 << region) != 0, "R5: region {region} is not durably dirty: {io:?}");
+        }
+    }
+
+    /// R10, whatever a test is about: a map page that allocates a block is written when the block's data is durable.
+    fn check_data_before_allocation(&self, io: &DiskIo) {
+        let layout = Layout::new(BLOCKS);
+        let DiskIo::Write { file: FileKind::Meta, offset, bytes } = io else { return };
+        let Some(first) = offset.checked_sub(layout.map(0)).map(|at| at / B as u64) else { return };
+        for (page, new) in (first..).zip(bytes.chunks_exact(B)) {
+            let new = layout::decode_map(new, page, ids().replica).expect("only good pages are written");
+            let at = layout.map(page) as usize;
+            let old = layout::decode_map(&self.meta.current[at..at + B], page, ids().replica);
+            let verified = |map: &layout::MapPage, i| map.is_allocated(i) && !map.is_unverified(i);
+            for i in (0..768).filter(|i| verified(&new, *i) && !old.as_ref().is_some_and(|old| verified(old, *i))) {
+                let at = (page as usize * 768 + i) * B;
+                let sum = proto::frame::block_sum(&self.data.durable[at..at + B]);
+                assert_eq!(sum, new.sums[i], "R10: block {i} of map page {page} is allocated before its data");
+            }
         }
     }
 

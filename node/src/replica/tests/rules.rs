@@ -52,6 +52,18 @@ fn r5_a_write_to_a_dirty_region_is_one_disk_operation() {
 }
 
 #[test]
+fn r5_a_dirty_bit_that_a_killed_process_only_wrote_is_not_taken_for_durable() {
+    let mut rig = Rig::attached();
+    rig.send(write(0, 1, 1));
+    // Written to the page cache, not synced.
+    rig.run_only(|io| matches!(io, DiskIo::Write { file: FileKind::Meta, .. }));
+    rig.kill();
+    rig.attach(1, 2);
+    // The rig checks every write that is given to the disk.
+    rig.done(write(0, 1, 1));
+}
+
+#[test]
 fn r5_many_regions_that_wait_cost_one_sync() {
     let mut rig = Rig::attached();
     rig.send(write(0, 1, 1));
@@ -366,11 +378,79 @@ fn discard_frees_and_reads_as_zeroes() {
     assert_eq!(punches, vec![&DiskIo::Punch { offset: 0, len: 768 * B as u64 }], "one punch for the run");
     assert_eq!(rig.bytes(200, 200).unwrap(), Bytes::from(vec![0; 200 * B]));
     assert_eq!(rig.regions().2, 0);
-    // A punch that fails only wastes space.
-    rig.done(write(0, 1, 1));
+    // A punch that fails only wastes space: the old bytes go all the same.
+    rig.done(write(0, 200, 1));
     rig.fail = Box::new(|io| matches!(io, DiskIo::Punch { .. }).then_some(DiskError::Io));
-    rig.done(Request::Discard { block: BlockIndex(0), count: 1 });
+    rig.done(Request::Discard { block: BlockIndex(0), count: 200 });
     assert_eq!(rig.bytes(0, 1).unwrap(), Bytes::from(vec![0; B]));
+    assert!(rig.data.current[..200 * B].iter().all(|b| *b == 0));
+    rig.done(write(0, 1, 1));
+    rig.fail = Box::new(|io| is_data(io).then_some(DiskError::Io));
+    assert_eq!(failed(&rig.ask(Request::Discard { block: BlockIndex(0), count: 1 })), Code::WriteFailed);
+}
+
+#[test]
+fn r10_what_a_lost_allocation_left_behind_is_gone_before_anybody_looks() {
+    // Without a map page: the region is freed when the replica is opened.
+    let mut rig = Rig::attached();
+    rig.done(write(3, 1, 1));
+    rig.kill();
+    assert!(rig.data.current.iter().all(|b| *b == 0));
+    // With one: when the page is loaded.
+    rig.attach(1, 2);
+    rig.done(write(0, 1, 1));
+    rig.flush(1);
+    rig.done(write(3, 2, 2));
+    rig.kill();
+    rig.attach(1, 3);
+    assert_eq!(rig.bytes(3, 2).unwrap(), Bytes::from(vec![0; 2 * B]));
+    assert!(rig.data.current[B..].iter().all(|b| *b == 0));
+    rig.done(write(3, 1, 3));
+    assert_eq!(rig.bytes(0, 4).unwrap()[3 * B..], pattern(3, 1, 3));
+    // What can't be freed is not taken for zeroes.
+    rig.kill();
+    rig.attach(1, 4);
+    rig.fail = Box::new(|io| matches!(io, DiskIo::Punch { .. }).then_some(DiskError::Io));
+    assert_eq!(rig.bytes(3, 1), Err(Code::Checksum));
+    let mut rig = Rig::attached();
+    rig.done(write(3, 1, 1));
+    rig.fail = Box::new(|io| matches!(io, DiskIo::Punch { .. }).then_some(DiskError::Io));
+    rig.kill();
+    rig.attach(1, 2);
+    assert_eq!(rig.bytes(3, 1), Err(Code::Checksum));
+}
+
+#[test]
+fn r10_a_write_that_failed_leaves_nothing_in_a_block_that_held_nothing() {
+    let mut rig = Rig::attached();
+    rig.done(write(1, 1, 1));
+    rig.fail = Box::new(|io| matches!(io, DiskIo::Write { file: FileKind::Data, .. }).then_some(DiskError::NoSpace));
+    rig.trace.clear();
+    assert_eq!(failed(&rig.ask(write(0, 4, 2))), Code::NoSpace);
+    let punches: Vec<_> = rig.trace.iter().filter(|io| matches!(io, DiskIo::Punch { .. })).collect();
+    let punch = |block: u64, count: u64| DiskIo::Punch { offset: block * B as u64, len: count * B as u64 };
+    assert_eq!(punches, vec![&punch(0, 1), &punch(2, 2)]);
+    assert_eq!(rig.bytes(2, 2).unwrap(), Bytes::from(vec![0; 2 * B]));
+    rig.fail = Box::new(|io| is_data(io).then_some(DiskError::Io));
+    assert_eq!(failed(&rig.ask(write(0, 4, 2))), Code::WriteFailed);
+    assert_eq!(rig.bytes(2, 1), Err(Code::Checksum), "not known, so not zeroes");
+}
+
+#[test]
+fn a_memory_full_of_new_allocations_is_flushed_for_its_own_sake() {
+    let mut rig = Rig::attached();
+    (0..3).for_each(|page| rig.done(write(page * 768, 1, 1)));
+    rig.cache_pages = 1;
+    rig.flush(1);
+    rig.kill();
+    rig.core.map.set_hard_limit(2);
+    rig.attach(1, 2);
+    let tags: Vec<u64> = (0..9).map(|i| rig.send(write(i % 3 * 768 + 1 + i, 1, i))).collect();
+    rig.run();
+    for (i, tag) in (0..).zip(&tags) {
+        assert_eq!(rig.reply(*tag), Some(&Reply::Done(Kind::Write)));
+        assert_eq!(rig.bytes(i % 3 * 768 + 1 + i, 1).unwrap(), pattern(i % 3 * 768 + 1 + i, 1, i));
+    }
 }
 
 #[test]
