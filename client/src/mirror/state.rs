@@ -460,7 +460,7 @@ impl Mirror {
         let slot_ref = &mut self.slots[slot];
         slot_ref.attached_before = true;
         let attach = slot_ref.attach.as_mut().expect("the caller checked the attach");
-        attach.restarted = info.held == AttachId::default();
+        attach.restarted = !info.told;
         attach.as_new = as_new;
         attach.info = Some(info);
         attach.role = Role::Standby;

@@ -233,23 +233,27 @@ impl Mirror {
             out.push(Output::PowerOn);
         }
         let current = |s: &usize| {
-            let set = &self.slots[*s].attach.as_ref().expect("kept").info().set;
-            set.version == self.version && set.clean == self.clean
+            let info = self.slots[*s].attach.as_ref().expect("kept").info();
+            let set = &info.set;
+            info.told && info.kept_epoch == self.cfg.epoch && set.version == self.version && set.clean == self.clean
         };
         if keep == self.members && !keep.iter().all(|s| current(&s)) {
             self.store_set_again(now, out);
         }
     }
 
-    /// A member that is behind the others by more than one clean, or in its epoch, comes from an old image (R6).
+    /// A member that has restarted, and is behind the others by more than one clean or was not kept by the session
+    /// that kept them, comes from an old image (R6). One that has not restarted has missed nothing: the owner may
+    /// have died before it told everybody.
     fn find_old_images(&mut self, reached: Mask) {
         let infos = || reached.iter().filter_map(|s| self.slots[s].attach.as_ref()).filter(|a| !a.as_new);
         let clean = infos().map(|a| a.info().set.clean).max().unwrap_or_default();
-        let epoch = infos().map(|a| a.info().stored_epoch).max().unwrap_or_default();
+        let epoch = infos().map(|a| a.info().kept_epoch).max().unwrap_or_default();
         for slot in reached.iter() {
             let attach = self.slots[slot].attach.as_mut().expect("reached");
             let info = attach.info();
-            attach.as_new |= info.set.clean.0 + 1 < clean.0 || info.stored_epoch < epoch;
+            let behind = info.set.clean.0 + 1 < clean.0 || info.kept_epoch < epoch;
+            attach.as_new |= attach.restarted && behind;
         }
     }
 

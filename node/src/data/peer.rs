@@ -20,7 +20,7 @@ use crate::replica::{CopyError, CopyToken};
 /// How long a connection may take to be made and greeted.
 const CONNECT: Duration = Duration::from_secs(2);
 /// How long a peer may take to answer a copy.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(3);
 /// A connection without anything to send is closed after this time.
 const IDLE: Duration = Duration::from_secs(30);
 /// Copies that wait or are on their way to one peer; one more is answered "unreachable". Every replica's own

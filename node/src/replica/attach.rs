@@ -20,6 +20,8 @@ pub(super) struct AttachState {
     pub(super) newest: AttachId,
     /// The newest that this process has held.
     pub(super) held: AttachId,
+    /// This process has been told the in-sync set.
+    pub(super) told: bool,
     pub(super) current: Option<Current>,
     pub(super) taking: Option<Taking>,
     /// The current attach's requests in flight.
@@ -109,6 +111,8 @@ impl ReplicaCore {
             incarnation: self.config.incarnation,
             held: std::mem::replace(&mut self.attach.held, id),
             stored_epoch: taking.storing.expect("drained before it was stored"),
+            kept_epoch: self.superblock.kept_epoch,
+            told: self.attach.told,
             set: self.superblock.set.clone(),
             blocks: self.layout.blocks,
             dirty: self.regions.dirty.ones() as u32,

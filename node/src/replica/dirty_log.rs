@@ -169,6 +169,8 @@ struct Pass {
     init: BTreeSet<u64>,
     /// Dirty pages that found no space.
     failed_dirty: BTreeSet<u64>,
+    /// It writes presence pages.
+    presence: bool,
     failed_presence: bool,
     /// Something found no space.
     no_space: bool,
@@ -266,13 +268,20 @@ impl ReplicaCore {
         self.passes.superblock_waiters.push(waiter);
     }
 
-    /// The running flush needs the presence bits; tells whether any are to be written.
+    /// The running flush needs the presence bits; tells whether any are still to become durable.
     pub(super) fn store_presence(&mut self) -> bool {
-        let needed = !self.passes.presence_pages.is_empty();
-        if needed {
+        if !self.passes.presence_pages.is_empty() {
             self.passes.waiters.push(Waiter::Flush);
+            return true;
         }
-        needed
+        // Those that the running pass writes are not durable yet either.
+        match &mut self.passes.running {
+            Some(pass) if pass.presence && matches!(pass.stage, Stage::Pages | Stage::PagesSync) => {
+                pass.waiters.push(Waiter::Flush);
+                true
+            }
+            _ => false,
+        }
     }
 
     pub(super) fn start_meta_pass(&mut self, out: &mut Vec<Output>) {
@@ -286,6 +295,7 @@ impl ReplicaCore {
             dirty: BTreeMap::new(),
             init: std::mem::take(&mut self.passes.init_pages),
             failed_dirty: BTreeSet::new(),
+            presence: !self.passes.presence_pages.is_empty(),
             failed_presence: false,
             no_space: false,
             superblock: None,
@@ -497,8 +507,10 @@ impl ReplicaCore {
         self.store_superblock(Waiter::Op(id));
     }
 
+    /// Regions that were equalised and flushed are suspect no more; what was written since does not make them so.
     pub(super) fn settle(&mut self, entries: &[CleanEntry]) {
-        let settled: Vec<u32> = self.settled(entries).collect();
+        let known = |e: &&CleanEntry| u64::from(e.region.0) < self.layout.regions && e.flush <= self.flush.completed;
+        let settled: Vec<u32> = entries.iter().filter(known).map(|e| e.region.0).collect();
         for region in settled {
             self.regions.suspect.clear(region.into());
         }
@@ -519,6 +531,8 @@ impl ReplicaCore {
         // The clean number only says how much this replica has been told to clean, so it never falls.
         let clean = set.clean.max(known.clean);
         self.superblock.set = SetView { clean, ..set };
+        self.superblock.kept_epoch = self.superblock.epoch;
+        self.attach.told = true;
         self.no_longer_rebuilt();
         self.ops.insert(id, op);
         self.store_superblock(Waiter::Op(id));

@@ -75,6 +75,7 @@ impl ReplicaCore {
             ids: config.ids,
             blocks: config.blocks,
             epoch: Epoch(0),
+            kept_epoch: Epoch(0),
             set: SetView::default(),
             rebuilt: matches!(create, Create::Rebuilt | Create::Lost),
         };
@@ -120,6 +121,7 @@ impl ReplicaCore {
             ids: config.ids,
             blocks: config.blocks,
             epoch: Epoch(0),
+            kept_epoch: Epoch(0),
             set: SetView::default(),
             rebuilt: false,
         };

@@ -6,9 +6,9 @@
 //!   12  flags           u32         112  clean         u64
 //!   16  generation      u64         120  members       u8, then 7 zero bytes
 //!   24  cluster         16 bytes    128  members' ids  5 × 16 bytes, unused ones zero
-//!   40  volume          16 bytes    208  zeroes
-//!   56  mirror          16 bytes   4092  CRC-32 of bytes 0..4092
-//!   72  replica         16 bytes
+//!   40  volume          16 bytes    208  kept epoch    u64
+//!   56  mirror          16 bytes    216  zeroes
+//!   72  replica         16 bytes   4092  CRC-32 of bytes 0..4092
 //!   88  blocks          u64
 //! ```
 //!
@@ -25,6 +25,7 @@ use super::layout::{LAYOUT_VERSION, PAGE};
 const MAGIC: [u8; 8] = *b"md99repl";
 const FLAG_REBUILT: u32 = 1;
 const MEMBERS: usize = 128;
+const KEPT_EPOCH: usize = MEMBERS + MAX_REPLICAS * 16;
 
 /// What the superblock says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub struct Superblock {
     pub ids: ReplicaIds,
     pub blocks: u64,
     pub epoch: Epoch,
+    /// The epoch in which the set was last stored.
+    pub kept_epoch: Epoch,
     pub set: SetView,
     /// See the module.
     pub rebuilt: bool,
@@ -71,6 +74,7 @@ impl Superblock {
         for (i, member) in self.set.members.iter().enumerate() {
             b[MEMBERS + i * 16..MEMBERS + (i + 1) * 16].copy_from_slice(&member.to_bytes());
         }
+        b[KEPT_EPOCH..KEPT_EPOCH + 8].copy_from_slice(&self.kept_epoch.0.to_le_bytes());
         let crc = crc32fast::hash(&b[..4092]);
         b[4092..].copy_from_slice(&crc.to_le_bytes());
         b
@@ -110,6 +114,7 @@ impl Superblock {
             },
             blocks: u64_at(88),
             epoch: Epoch(u64_at(96)),
+            kept_epoch: Epoch(u64_at(KEPT_EPOCH)),
             set: SetView {
                 version: SetVersion(u64_at(104)),
                 members: (0..members).map(|i| ReplicaId::from_bytes(id_at(MEMBERS + i * 16))).collect(),

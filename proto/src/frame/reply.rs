@@ -110,6 +110,11 @@ pub struct AttachInfo {
     pub held: AttachId,
     /// The epoch that was in the superblock before this attach.
     pub stored_epoch: Epoch,
+    /// The epoch in which it was last told the in-sync set: it was kept, or added, by that session. Unlike
+    /// [`Self::stored_epoch`] it does not rise with a session that attached and then decided nothing.
+    pub kept_epoch: Epoch,
+    /// This process has been told the in-sync set: it has not restarted since it was last counted on (R6, R8).
+    pub told: bool,
     /// What it last stored of the in-sync set.
     pub set: SetView,
     /// Its size in blocks.
@@ -210,11 +215,13 @@ impl Reply {
                 b.put_u64_le(info.held.epoch.0);
                 b.put_u64_le(info.held.attach.0);
                 b.put_u64_le(info.stored_epoch.0);
+                b.put_u64_le(info.kept_epoch.0);
                 b.put_u64_le(info.blocks);
                 b.put_u32_le(info.dirty);
                 b.put_u32_le(info.suspect);
                 b.put_u8(info.durable.into());
                 b.put_u8(info.rebuilt.into());
+                b.put_u8(info.told.into());
                 put_set(b, &info.set);
             }),
             Self::Read { block, sums, data } => {
@@ -262,11 +269,13 @@ impl Reply {
                 incarnation: Incarnation(b.u64()?),
                 held: AttachId { epoch: Epoch(b.u64()?), attach: AttachNo(b.u64()?) },
                 stored_epoch: Epoch(b.u64()?),
+                kept_epoch: Epoch(b.u64()?),
                 blocks: b.u64()?,
                 dirty: b.u32()?,
                 suspect: b.u32()?,
                 durable: b.bool()?,
                 rebuilt: b.bool()?,
+                told: b.bool()?,
                 set: read_set(&mut b)?,
             }),
             Kind::Read => {

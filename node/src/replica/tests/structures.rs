@@ -20,6 +20,7 @@ fn superblock() -> Superblock {
         ids: ids(),
         blocks: BLOCKS,
         epoch: Epoch(0x0102),
+        kept_epoch: Epoch(0x0103),
         set: SetView {
             version: SetVersion(3),
             members: vec![ReplicaId(uuid::Uuid::from_u128(4)), ReplicaId(uuid::Uuid::from_u128(5))],
@@ -50,6 +51,10 @@ fn golden_superblock() {
         "0200000000000000",
         "00000000000000000000000000000004",
         "00000000000000000000000000000005",
+        "00000000000000000000000000000000",
+        "00000000000000000000000000000000",
+        "00000000000000000000000000000000",
+        "0301000000000000",
     );
     assert_eq!(hex(&bytes[..golden.len() / 2]), golden);
     assert!(bytes[golden.len() / 2..4092].iter().all(|b| *b == 0));
