@@ -3,10 +3,10 @@
 pub mod block;
 pub mod clock;
 pub mod control;
+pub mod gateway;
 pub mod initiator;
 pub mod iscsi;
 pub mod link;
 pub mod mirror;
 pub mod scsi;
 pub mod volume;
-pub mod gateway;

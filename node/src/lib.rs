@@ -2,8 +2,8 @@
 //! stripes.
 
 pub mod control;
+pub mod data;
 pub mod metadata;
 pub mod raft;
 pub mod replica;
-pub mod data;
 pub mod store;

@@ -81,12 +81,6 @@ impl SimFile {
         }
     }
 
-    /// The page is a hole, as if nobody had ever written it.
-    pub fn forget(&mut self, page: u64) {
-        self.pages[page as usize] = Page::default();
-        self.unsynced.remove(&page);
-    }
-
     fn read(&self, offset: u64, len: u32) -> Vec<u8> {
         let mut out = vec![0; len as usize];
         for (i, piece) in out.chunks_mut(PAGE as usize).enumerate() {
@@ -172,6 +166,8 @@ pub struct DiskFaults {
     /// In a thousand: reads and writes of data that fail.
     pub read_errors: u64,
     pub write_errors: u64,
+    /// And punches, while writes do not.
+    pub punch_errors: u64,
     /// Writes of data fail for want of space.
     pub full: bool,
     /// The next sync fails.
@@ -224,11 +220,9 @@ impl Disk {
         }
     }
 
-    /// Whether writes or punches of data are with the disk.
-    pub fn changes_in_flight(&self) -> bool {
-        self.in_flight
-            .values()
-            .any(|f| matches!(f.io, DiskIo::Write { file: FileKind::Data, .. } | DiskIo::Punch { .. }))
+    /// Whether writes of data are with the disk. Punches may be: a replica frees what holds nothing on its own.
+    pub fn writes_in_flight(&self) -> bool {
+        self.in_flight.values().any(|f| matches!(f.io, DiskIo::Write { file: FileKind::Data, .. }))
     }
 
     /// Takes an operation; says how long it will take and what it has changed already.
@@ -248,8 +242,11 @@ impl Disk {
             DiskIo::Write { .. } => {
                 (rng.tail(20, 3_000), (is_data && rng.chance(faults.write_errors)).then_some(DiskError::Io))
             }
-            // A punch that fails is withheld: see `world`.
-            DiskIo::Punch { .. } => (rng.tail(20, 3_000), None),
+            DiskIo::Punch { .. } => {
+                // Both a punch and the zeroes in its stead failing is withheld: see `world`.
+                let writable = faults.write_errors == 0 && !faults.full;
+                (rng.tail(20, 3_000), (writable && rng.chance(faults.punch_errors)).then_some(DiskError::Io))
+            }
         };
         micros *= faults.slow.max(1);
         let mark = if let DiskIo::Sync { file } = &io { self.file(*file).seq } else { 0 };

@@ -22,6 +22,7 @@ pub enum Fault {
     SlowHost,
     SlowDisk,
     WriteErrors,
+    PunchErrors,
     ReadErrors,
     NoSpace,
     SyncFails,
@@ -29,7 +30,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::KillNode,
         Self::PowerCut,
         Self::PowerCutAll,
@@ -46,6 +47,7 @@ impl Fault {
         Self::SlowHost,
         Self::SlowDisk,
         Self::WriteErrors,
+        Self::PunchErrors,
         Self::ReadErrors,
         Self::NoSpace,
         Self::SyncFails,
@@ -70,6 +72,7 @@ impl Fault {
             Self::SlowHost => "slow host",
             Self::SlowDisk => "slow disk",
             Self::WriteErrors => "write errors",
+            Self::PunchErrors => "punch errors",
             Self::ReadErrors => "read errors",
             Self::NoSpace => "no space",
             Self::SyncFails => "sync fails",
@@ -204,6 +207,10 @@ impl World {
             }
             Fault::WriteErrors => {
                 self.nodes[node].disk.faults.write_errors = self.rng.pick(&[20, 1000]);
+                self.calm_in_a_while(n);
+            }
+            Fault::PunchErrors => {
+                self.nodes[node].disk.faults.punch_errors = self.rng.pick(&[100, 1000]);
                 self.calm_in_a_while(n);
             }
             Fault::ReadErrors => {

@@ -97,8 +97,8 @@ impl Invariants {
 impl World {
     /// R1: when an attach is answered, nothing of an older one is with the disk.
     pub(super) fn check_drained(&mut self, node: usize, attach: AttachId) {
-        if self.nodes[node].disk.changes_in_flight() {
-            self.fail(format!("R1: node {node} answers attach {attach} with older changes in flight on its disk"));
+        if self.nodes[node].disk.writes_in_flight() {
+            self.fail(format!("R1: node {node} answers attach {attach} with older writes in flight on its disk"));
         }
     }
 

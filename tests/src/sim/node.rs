@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use node::replica::layout::{Layout, MAP_BLOCKS, MapPage, decode_map};
+use node::replica::layout::Layout;
 use node::replica::{
     Config, ConnId, CopyError, CopyToken, Create, DiskIo, FileKind, FileLengths, Input, OpId, OpenError, Output,
     ReplicaCore,
@@ -11,9 +11,9 @@ use node::replica::{
 use proto::frame::{CopyTarget, HEADER_LEN, Header, PeerRole, Reply, Request};
 use proto::id::{AttachId, Incarnation};
 
-use super::disk::{Changed, Disk, PAGE};
+use super::disk::{Changed, Disk};
 use super::net::{Packet, Party, Way};
-use super::world::{Event, MS, SECOND, World, ids, replica_id};
+use super::world::{Event, MS, SECOND, World, ids};
 
 const TICK: u64 = 250 * MS;
 /// How long a node waits for a peer's answer to a copy.
@@ -75,25 +75,6 @@ impl Node {
     }
 }
 
-/// What [`super::world`] withholds: bytes that the replica has for unallocated.
-fn forget_unallocated(disk: &mut Disk, layout: &Layout, node: usize) {
-    for page in 0..layout.map_pages {
-        let map = match disk.meta.cached(layout.map(page) / PAGE) {
-            None => MapPage::empty(),
-            // A bad page says nothing.
-            Some(bytes) => match decode_map(bytes, page, replica_id(node)) {
-                Some(map) => map,
-                None => continue,
-            },
-        };
-        for block in page * MAP_BLOCKS..((page + 1) * MAP_BLOCKS).min(layout.blocks) {
-            if !map.is_allocated((block % MAP_BLOCKS) as usize) {
-                disk.data.forget(block);
-            }
-        }
-    }
-}
-
 pub fn decode_header(head: &Bytes) -> Header {
     let bytes: &[u8; HEADER_LEN] = head[..HEADER_LEN].try_into().expect("a header's length");
     Header::decode(bytes).expect("our own header")
@@ -133,9 +114,6 @@ impl World {
         let config = Config { ids: ids(node), blocks: self.setup.blocks, incarnation, map_cache_pages: CACHE_PAGES };
         let lengths = FileLengths { data: n.disk.data.bytes(), meta: n.disk.meta.bytes() };
         let mut out = Vec::new();
-        if n.created {
-            forget_unallocated(&mut n.disk, &self.layout, node);
-        }
         n.core = Some(if n.created {
             ReplicaCore::open(config, lengths, &mut out)
         } else {

@@ -125,8 +125,12 @@ impl World {
 
     /// A block that no replica can vouch for is bad until it is written again (R10), and no replica joins before.
     fn write_damaged_again(&mut self) {
-        let Some(owner) = self.owner() else { return };
         for block in self.damaged_blocks() {
+            // A gateway that asked for the session before everything healed may get it only now.
+            if !self.run_until(10 * SECOND, |w| w.is_serving()) {
+                return self.fail("the volume is not served though everything is well".to_owned());
+            }
+            let Some(owner) = self.owner() else { return };
             self.write(0, owner, block, 1, false);
             if !self.run_until(10 * SECOND, |w| w.idle()) {
                 return self.fail(format!("the write of block {block} waits"));

@@ -21,9 +21,8 @@
 //! - Voters restored from an old image; raft itself (issue 3 joins it).
 //! - Acknowledged and unflushed writes survive the loss of all caches only with R9's replay buffer, which comes
 //!   later: until then the history may go back to what was flushed, once for every POWER ON.
-//! - Bytes in a block that its replica has for unallocated: they are gone when its process starts, and punches do not
-//!   fail. A write whose allocation is lost, or a punch that is lost, leaves such bytes; the replica takes the block
-//!   for zeroes, and the next write that is cut short brings them back (R10; an open fault of the replica).
+//! - A punch that fails together with the zeroes that are then written in its stead: the replica's map has the
+//!   blocks for zeroes already, and a later write that fails shows what is left there (an open fault, seed 600266).
 //! - Nobody runs two processes of one gateway's name, or of one node, at a time.
 
 use std::collections::{BTreeMap, VecDeque};
