@@ -54,6 +54,7 @@ pub(super) async fn own(
     mut views: ViewReceiver,
 ) {
     let mut told = String::new();
+    let mut fenced = Epoch(0);
     while *want.borrow_and_update() != Want::Nothing {
         let opened = tokio::select! {
             opened = open(&shared, volume) => opened,
@@ -63,6 +64,16 @@ pub(super) async fn own(
             },
         };
         match opened {
+            Ok(opened) if opened.epoch <= fenced => {
+                // The epoch rises above all that raft ever gave, so it has forgotten some: the voters were restored
+                // from an old image (R8). A session must not be opened until an epoch is high enough by chance.
+                tracing::error!(
+                    %volume, epoch = %opened.epoch, known = %fenced,
+                    "volume not served: a replica knows a newer session than the metadata, which is an old image"
+                );
+                let _ = want.wait_for(|want| *want == Want::Nothing).await;
+                return;
+            }
             Ok(opened) => {
                 told.clear();
                 match serve(&shared, opened, &mut want, &mut views).await {
@@ -73,6 +84,7 @@ pub(super) async fn own(
                         let _ = want.wait_for(|want| *want == Want::Nothing).await;
                         return;
                     }
+                    End::Stopped(StopReason::Fenced { epoch, .. }) => fenced = fenced.max(epoch),
                     End::Stopped(StopReason::Superseded) => {}
                 }
             }

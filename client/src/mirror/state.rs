@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proto::frame::{AttachInfo, Code, Reply, Request, SetView, WhatNext};
-use proto::id::{AttachId, AttachNo, CleanNo, FlushNo, RegionIndex, ReplicaId, SetVersion};
+use proto::id::{AttachId, AttachNo, CleanNo, Epoch, FlushNo, RegionIndex, ReplicaId, SetVersion};
 use proto::limits::{LEASE_MS, REGION_BLOCKS};
 
 use super::clean::{Cleaning, DirtyTracker};
@@ -548,10 +548,11 @@ impl Mirror {
             self.lost.push_back((slot, FaultReason::Nonsense));
             return;
         }
-        if let Reply::Failed { code, .. } = &reply
+        if let Reply::Failed { code, block, .. } = &reply
             && code.what_next() == WhatNext::Stop
         {
-            self.stop(StopReason::Superseded, out);
+            let (replica, epoch) = (self.slots[slot].def.replica, Epoch(*block));
+            self.stop(StopReason::Fenced { replica, epoch }, out);
             return;
         }
         match sent.what {

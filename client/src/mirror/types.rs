@@ -141,6 +141,9 @@ pub enum SetDecision {
 pub enum StopReason {
     #[error("another session owns the volume")]
     Superseded,
+    /// Where it is a later session's epoch this is the same; where raft knows none so high, its metadata is old.
+    #[error("replica {replica} is attached to session epoch {epoch}")]
+    Fenced { replica: ReplicaId, epoch: Epoch },
     #[error(
         "replica {replica} knows epoch {epoch} and set version {version}, newer than the metadata: \
          the voters were restored from an old image"

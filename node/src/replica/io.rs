@@ -419,7 +419,8 @@ impl ReplicaCore {
             let block = zero.block.0;
             return self.fail(op, code, block, out);
         }
-        if zero.fua && op.touched {
+        // Also where nothing was in use any more: what freed it may not be durable.
+        if zero.fua {
             self.end_changes(&mut op);
             return self.flush_write(id, op);
         }
