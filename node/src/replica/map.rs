@@ -360,10 +360,7 @@ impl ReplicaCore {
         *left -= 1;
         if failed {
             (at..at + count).for_each(|i| map.distrust(i as usize));
-            if !slot.modified {
-                slot.modified = true;
-                self.map.modified.insert(page);
-            }
+            slot.modified = true;
         }
         let slot = self.map.slot(page).expect("seen above");
         if matches!(slot.state, SlotState::Sweeping(_, 0)) {
@@ -371,6 +368,10 @@ impl ReplicaCore {
                 unreachable!("seen above")
             };
             slot.state = SlotState::Ready(map);
+            // Not before: a flush would write a page that is not ready.
+            if slot.modified {
+                self.map.modified.insert(page);
+            }
             self.wake_page(page);
         }
     }
