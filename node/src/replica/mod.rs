@@ -45,7 +45,10 @@
 //! - a torn or lost map page: its three regions become dirty and suspect before anybody sees the page, their blocks
 //!   unverified: reads of them are answered with `Checksum` until they are written, copied to or restamped;
 //! - data without its sum, or a sum without its data: a mismatch inside a dirty region, for equalising to settle;
-//! - an allocation without data: the data file's fresh space reads as zeroes, and a flush syncs both files.
+//! - an allocation without its data: never, map pages that allocate are written after the data is durable;
+//! - data without its allocation, or a punch that is lost: bytes in a block that reads as zeroes. They are freed
+//!   before anybody looks, see `map`;
+//! - what a killed process had only written, not synced: the meta file is synced before it is read.
 
 mod attach;
 mod bitset;
