@@ -242,15 +242,17 @@ impl RaftCore {
     /// Hands leadership to a preferred voter that has caught up, after a while and not too often: the data nodes
     /// are those that get killed, and killing one should cost no election (DESIGN §8).
     fn prefer(&mut self, heard_lately: impl Fn(u64) -> bool) {
-        const AFTER: u64 = 20;
-        const AGAIN: u64 = 50;
+        const AFTER: u64 = 10;
+        const AGAIN: u64 = 10;
+        // What is on its way under load is sent first; proposals wait for it.
+        const BEHIND: u64 = 16;
         self.ticks_leading = if self.leads() { self.ticks_leading + 1 } else { 0 };
         let turn = self.ticks_leading >= AFTER && (self.ticks_leading - AFTER).is_multiple_of(AGAIN);
         if !turn || self.config.preferred.contains(&self.config.id) || !self.committed_in_term() {
             return;
         }
         let last = self.node.raft.raft_log.last_index();
-        let caught_up = |id: &&u64| heard_lately(**id) && self.matched(**id) == last;
+        let caught_up = |id: &&u64| heard_lately(**id) && self.matched(**id) + BEHIND >= last;
         if let Some(to) = self.config.preferred.iter().find(caught_up).copied() {
             self.node.transfer_leader(to);
         }
