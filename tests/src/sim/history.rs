@@ -125,6 +125,12 @@ impl History {
         (record.told_at, record.told, record.values) = (Some(now), told, values);
     }
 
+    /// What the read that was asked for last returned.
+    pub fn last_read(&self) -> &[Value] {
+        let read = self.records.iter().rev().find(|r| r.asked == Asked::Read && r.told == Told::Done);
+        read.map_or(&[], |r| &r.values)
+    }
+
     /// It will never be answered: its session is over.
     pub fn give_up(&mut self, number: Value) {
         let now = self.now();

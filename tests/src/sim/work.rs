@@ -260,7 +260,9 @@ impl World {
             other => format!("client {client}: {number} {other:?}"),
         });
         self.history.tell(number, told, values);
-        let wait = self.rng.below(self.work.think + 1);
+        // In bursts, so that requests for the same blocks are out at the same time.
+        let longest = if self.rng.chance(400) { 300 } else { self.work.think };
+        let wait = self.rng.below(longest + 1);
         self.after(wait, Event::Client { client });
     }
 
