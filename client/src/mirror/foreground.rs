@@ -97,6 +97,8 @@ pub(super) struct Op {
     /// Blocks read so far, when reading block by block.
     pieces: BytesMut,
     resends: u8,
+    /// It was sent before its mirror had one member left: the flush that makes it durable there (R9).
+    durable_by: Option<FlushNo>,
     /// It was sent to somebody to be done, be it under an attach that is gone.
     had_effect: bool,
     pub answered: bool,
@@ -136,6 +138,7 @@ impl Op {
             tried: Mask::EMPTY,
             pieces: BytesMut::new(),
             resends: 0,
+            durable_by: None,
             had_effect: false,
             answered: false,
         }
@@ -145,7 +148,7 @@ impl Op {
     pub fn restart(&mut self) {
         self.stage = Stage::Gated;
         (self.sent, self.pending, self.done, self.tried) = (Mask::EMPTY, Mask::EMPTY, Mask::EMPTY, Mask::EMPTY);
-        self.refused = Mask::EMPTY;
+        (self.refused, self.durable_by) = (Mask::EMPTY, None);
         self.pieces.clear();
         // Others may write the rest of the block before this one has its lock again.
         if let Kind::Merge { whole, .. } = &mut self.kind {
@@ -555,13 +558,24 @@ impl Mirror {
         match op.stage {
             Stage::Writing => {
                 if !op.answered && required.within(op.done) && !hold {
+                    // With one member left nothing else keeps an acknowledged write (R9).
+                    let alone = self.members.len() == 1 && !op.fua;
+                    if alone && op.durable_by.is_none_or(|no| !self.flushed(no, required)) {
+                        if self.ops[&id].durable_by.is_none() {
+                            let no = self.want_flush();
+                            self.ops.get_mut(&id).expect("open").durable_by = Some(no);
+                        }
+                        return;
+                    }
+                    let op = self.ops.get_mut(&id).expect("open");
                     op.answered = true;
-                    if !op.fua {
+                    if !op.fua && !alone {
                         self.unflushed_bytes += u64::from(op.count) * BLOCK_SIZE;
                         self.unflushed_since.get_or_insert(now);
                     }
                     out.push(Output::Complete { id, outcome: OpOutcome::Done });
                 }
+                let op = &self.ops[&id];
                 if op.answered && op.pending.is_empty() {
                     let next = self.flush_next;
                     for region in op.regions() {
