@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -39,6 +40,19 @@ const FORGET_MS: u64 = 120_000;
 const LAST_IO: Duration = Duration::from_secs(5);
 /// Connections of one data thread; one more is closed.
 const MAX_CONNS: usize = 1024;
+
+/// The machine's boot, without which no allocation is journaled.
+static BOOT_ID: LazyLock<[u8; 16]> = LazyLock::new(|| {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let id = std::fs::read_to_string(PATH).map_err(|e| e.to_string());
+    match id.and_then(|id| uuid::Uuid::parse_str(id.trim()).map_err(|e| e.to_string())) {
+        Ok(id) => id.into_bytes(),
+        Err(error) => {
+            tracing::warn!(%error, "can't read {PATH}: a killed process loses writes that were not flushed");
+            [0; 16]
+        }
+    }
+});
 
 /// What a data thread is told by others.
 pub(super) enum Command {
@@ -106,6 +120,8 @@ struct Inner {
     closed: Option<oneshot::Sender<()>>,
     reopen_pause_ms: u64,
     faulted_at_ms: u64,
+    /// It faulted and has not been opened since: what was in the page cache is not to be counted on.
+    cache_lost: bool,
 }
 
 enum State {
@@ -526,8 +542,9 @@ impl Thread {
             tracing::warn!(volume = %spec.volume, replica = %spec.replica, pages, "bad bitmap pages: all dirty");
         }
         tracing::info!(volume = %spec.volume, replica = %spec.replica, epoch = %report.epoch, dirty = report.dirty,
-            rebuilt = report.rebuilt, "replica is open");
+            rebuilt = report.rebuilt, journal_blocks = report.journal_blocks, "replica is open");
         let mut inner = cell.inner.borrow_mut();
+        inner.cache_lost = false;
         let State::Opening(core) = std::mem::replace(&mut inner.state, State::Closed) else {
             panic!("a replica opened that was not opening");
         };
@@ -558,6 +575,7 @@ impl Thread {
             inner.reopen_pause_ms = REOPEN_MS.0;
         }
         inner.faulted_at_ms = now;
+        inner.cache_lost = true;
         let pause = inner.reopen_pause_ms;
         inner.reopen_pause_ms = (pause * 2).min(REOPEN_MS.1);
         let spec = &cell.spec;
@@ -592,6 +610,8 @@ impl Thread {
             ids: ReplicaIds { cluster: spec.cluster, volume: spec.volume, mirror: spec.mirror, replica: spec.replica },
             blocks: spec.blocks(),
             incarnation: self.config.incarnation,
+            boot: *BOOT_ID,
+            cache_kept: !cell.inner.borrow().cache_lost,
             map_cache_pages: self.cache_share(),
         };
         let mut out = Vec::new();
@@ -700,6 +720,7 @@ impl Thread {
             closed: None,
             reopen_pause_ms: REOPEN_MS.0,
             faulted_at_ms: 0,
+            cache_lost: false,
         };
         let cell = Rc::new(ReplicaCell { spec, inner: RefCell::new(inner) });
         self.replicas.insert(cell.spec.replica, cell.clone());

@@ -10,7 +10,8 @@
 //! their data is durable (R10): otherwise a crash could leave the allocation without the data, and bytes that lay
 //! there before would be taken for the block's. Where nothing was allocated, data and map pages go out together.
 //!
-//! A pass without requests brings allocations to the disk for the sake of the memory: see `map`.
+//! A pass without requests brings allocations to the disk for the sake of the memory, or of the allocation journal:
+//! see `map` and `journal`.
 
 use bytes::Bytes;
 use proto::frame::{Code, Reply};
@@ -29,7 +30,7 @@ pub(super) struct FlushState {
     /// The newest one that waits for the next pass; 0: none.
     next: FlushNo,
     pending: Vec<u64>,
-    /// The memory is full of pages that allocate blocks.
+    /// The memory, or the journal, is full of allocations.
     pub(super) wanted: bool,
     running: Option<FlushPass>,
     /// Something has been written to the data file since it was last synced, as far as is known.
@@ -57,6 +58,8 @@ impl Default for FlushState {
 #[derive(Debug)]
 struct FlushPass {
     number: FlushNo,
+    /// Journal pages below this one are covered.
+    journal: u64,
     requests: Vec<u64>,
     /// Map pages as they were when the pass began, not written yet: first, count, bytes.
     held: Vec<(u64, u64, Bytes)>,
@@ -118,11 +121,13 @@ impl ReplicaCore {
         self.flush.wanted = false;
         let requests = std::mem::take(&mut self.flush.pending);
         self.flush.begun = self.flush.begun.max(std::mem::take(&mut self.flush.next));
+        let journal = self.journal.begin_pass();
         let (held, data_first) = self.take_modified_map();
         let presence_stored = !self.store_presence();
         let unsynced = std::mem::take(&mut self.flush.data_written);
         self.flush.running = Some(FlushPass {
             number: self.flush.begun,
+            journal,
             requests,
             held,
             data_first,
@@ -185,6 +190,7 @@ impl ReplicaCore {
         }
         let pass = self.flush.running.take().expect("seen above");
         self.flush.completed = self.flush.completed.max(pass.number);
+        self.journal.flushed(pass.journal);
         for id in pass.requests {
             if let Some(op) = self.ops.remove(&id) {
                 let done = Reply::Done(op.kind);

@@ -43,6 +43,11 @@ pub struct Config {
     pub blocks: u64,
     /// The process's random number (R1).
     pub incarnation: Incarnation,
+    /// The machine's boot: another one after every loss of the page cache by a power cut or a crash of the system.
+    /// Zeroes: not known, and no allocation is journaled; see `journal`.
+    pub boot: [u8; 16],
+    /// The page cache still has what earlier processes of this boot wrote. Not so after a fault.
+    pub cache_kept: bool,
     /// Pages of the block map that are kept in memory; modified and used pages may exceed it by what the requests
     /// in flight need. See [`super::ReplicaCore::set_cache_limit`].
     pub map_cache_pages: usize,
@@ -75,7 +80,7 @@ pub struct FileLengths {
 pub enum FileKind {
     /// Block *n* at *n* × 4096, nothing else.
     Data,
-    /// Superblocks, bitmaps and block map; see [`super`].
+    /// Superblocks, allocation journal, bitmaps and block map; see [`super`].
     Meta,
 }
 
@@ -191,6 +196,8 @@ pub struct OpenReport {
     pub dirty: u64,
     /// The metadata was made anew over lost metadata.
     pub rebuilt: bool,
+    /// Blocks that a killed process had written and only the allocation journal knew of; they are unverified now.
+    pub journal_blocks: u64,
 }
 
 /// Why a replica could not be opened.

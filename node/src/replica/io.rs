@@ -246,16 +246,26 @@ impl ReplicaCore {
             }
             return;
         }
+        let mut fresh = Vec::new();
         let mut at = 0;
         while at < write.sums.len() {
             let (page, i) = place(block.0 + at as u64);
             let n = (write.sums.len() - at).min(MAP_BLOCKS as usize - i);
-            self.map.set_sums(page, i, &write.sums[at..at + n]);
+            self.map.set_sums(page, i, &write.sums[at..at + n], &mut fresh);
             at += n;
         }
+        write.data = Bytes::new();
+        if fresh.is_empty() || !self.journals() {
+            return self.written(id, op, out);
+        }
+        self.journal(id, op, fresh);
+    }
+
+    /// A write's data is on the disk, and so is what a killed process would leave of its allocations.
+    pub(super) fn written(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
+        let write = body!(op, Write);
         if write.fua && !op.ended {
             // The change is complete; what is left is an ordinary flush.
-            write.data = Bytes::new();
             self.end_changes(&mut op);
             return self.flush_write(id, op);
         }

@@ -3,7 +3,7 @@
 //! ```text
 //!  0  magic "m9pg"
 //!  4  CRC-32 of bytes 8..4096
-//!  8  kind      u8   1 dirty bitmap, 2 presence bitmap, 3 block map
+//!  8  kind      u8   1 dirty bitmap, 2 presence bitmap, 3 block map, 4 allocation journal
 //!  9  zero      7 bytes
 //! 16  index     u64  of the page among those of its kind
 //! 24  zero      8 bytes
@@ -11,6 +11,8 @@
 //! 48  zero      16 bytes
 //! 64  bitmap:   4032 bytes, bit 0 of byte 0 first
 //!     map:      3 × (256 sums u32, 256 allocation bits, 256 bits "unverified"), then zeroes
+//!     journal:  boot id 16 bytes, page number u64, oldest page that counts u64, number of records u32, zero u32,
+//!               then records: first block u64, count u32; then zeroes
 //! ```
 
 use bytes::{BufMut, BytesMut};
@@ -28,9 +30,17 @@ pub const MAP_REGIONS: u64 = 3;
 /// Blocks that one map page describes.
 pub const MAP_BLOCKS: u64 = MAP_REGIONS * REGION_BLOCKS;
 /// The version of all this, in the superblock.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
+/// Pages of the allocation journal that may hold records that count, each in two versions.
+pub const JOURNAL_PAGES: u64 = 8;
+/// Pages of the meta file that the allocation journal takes.
+pub const JOURNAL_SLOTS: u64 = JOURNAL_PAGES * 2;
+/// Records in a page of the allocation journal.
+pub const JOURNAL_RECORDS: usize = (PAGE as usize - HEADER - JOURNAL_HEADER) / JOURNAL_RECORD_BYTES;
 
 const HEADER: usize = 64;
+const JOURNAL_HEADER: usize = 40;
+const JOURNAL_RECORD_BYTES: usize = 12;
 const MAGIC: [u8; 4] = *b"m9pg";
 const MAP_REGION_BYTES: usize = REGION_BLOCKS as usize * 4 + 32 + 32;
 
@@ -44,6 +54,7 @@ pub enum PageKind {
     Dirty = 1,
     Presence = 2,
     Map = 3,
+    Journal = 4,
 }
 
 /// Where things are in the meta file of a replica of a given size.
@@ -74,9 +85,13 @@ impl Layout {
     pub fn superblock(&self, copy: u8) -> u64 {
         u64::from(copy) * PAGE
     }
+    /// Offset of a page of the allocation journal.
+    pub fn journal(&self, slot: u64) -> u64 {
+        (2 + slot) * PAGE
+    }
     /// Offset of a page of the dirty bitmap.
     pub fn dirty(&self, page: u64) -> u64 {
-        (2 + page) * PAGE
+        self.journal(JOURNAL_SLOTS + page)
     }
     /// Offset of a page of the presence bitmap.
     pub fn presence(&self, page: u64) -> u64 {
@@ -231,4 +246,48 @@ pub fn decode_map(page: &[u8], index: u64, replica: ReplicaId) -> Option<Box<Map
         }
     }
     Some(map)
+}
+
+/// A page of the allocation journal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalPage {
+    /// Pages are numbered on and on.
+    pub number: u64,
+    /// Older pages than this one no longer count.
+    pub oldest: u64,
+    /// First block and count.
+    pub records: Vec<(u64, u32)>,
+}
+
+/// Appends a journal page.
+pub fn encode_journal(out: &mut BytesMut, slot: u64, replica: ReplicaId, boot: [u8; 16], page: &JournalPage) {
+    encode(out, PageKind::Journal, slot, replica, |out| {
+        out.put_slice(&boot);
+        out.put_u64_le(page.number);
+        out.put_u64_le(page.oldest);
+        out.put_u32_le(page.records.len() as u32);
+        out.put_u32_le(0);
+        for (first, count) in &page.records {
+            out.put_u64_le(*first);
+            out.put_u32_le(*count);
+        }
+    });
+}
+
+/// A journal page of this boot; `None`: it is bad, or of another one.
+pub fn decode_journal(page: &[u8], slot: u64, replica: ReplicaId, boot: [u8; 16]) -> Option<JournalPage> {
+    let payload = payload(page, PageKind::Journal, slot, replica)?;
+    let (header, records) = payload.split_at(JOURNAL_HEADER);
+    if header[..16] != boot {
+        return None;
+    }
+    let u64_at = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
+    let count = u32::from_le_bytes(header[32..36].try_into().expect("four bytes")) as usize;
+    let records = records.chunks_exact(JOURNAL_RECORD_BYTES).take(count).map(|record| {
+        let (first, count) = record.split_at(8);
+        let first = u64::from_le_bytes(first.try_into().expect("eight bytes"));
+        (first, u32::from_le_bytes(count.try_into().expect("four bytes")))
+    });
+    let records = records.collect();
+    Some(JournalPage { number: u64_at(16), oldest: u64_at(24), records })
 }

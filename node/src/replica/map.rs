@@ -10,11 +10,11 @@
 //! A page that allocates blocks is written only by a flush, after their data; when such pages fill the memory, a
 //! flush is begun for their sake, and above [`SLACK`] more requests wait for their pages.
 //!
-//! A crash can leave bytes in a block that the map has for unallocated: a write whose allocation was lost, a punch
+//! A power cut can leave bytes in a block that the map has for unallocated: a write whose allocation was lost, a punch
 //! that was lost. They must never come back (R10), not even when the map page is lost later and the block's bytes
 //! are all there is. So where regions were dirty when the process started, unallocated blocks are punched before
 //! their map page is used; the flush that R8 asks for before such a region is served makes that durable. What
-//! can't be punched is unverified, never zeroes.
+//! can't be punched is unverified, never zeroes. What a killed process had written is told from them by the `journal`.
 
 use std::collections::BTreeSet;
 
@@ -26,6 +26,7 @@ use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 use super::bitset::BitSet;
 use super::dirty_log::{Waiter, runs};
 use super::interface::{DiskData, DiskError, DiskIo, FaultReason, FileKind, Notice, Output};
+use super::journal::add_to_runs;
 use super::layout::{self, MAP_BLOCKS, MAP_REGIONS, MapPage, PAGE};
 use super::state::{ById, Io, ReplicaCore};
 
@@ -183,11 +184,15 @@ impl MapCache {
     }
 
     /// Data has been written to these blocks of the page: they have these sums.
-    pub(super) fn set_sums(&mut self, page: u64, at: usize, sums: &[u32]) {
+    /// Those that this allocates are added to `fresh`.
+    pub(super) fn set_sums(&mut self, page: u64, at: usize, sums: &[u32], fresh: &mut Vec<(u64, u32)>) {
         let map = self.modify(page);
         let mut allocates = false;
         for (i, sum) in (at..).zip(sums) {
-            allocates |= !map.is_allocated(i) || map.is_unverified(i);
+            if !map.is_allocated(i) || map.is_unverified(i) {
+                allocates = true;
+                add_to_runs(fresh, page * MAP_BLOCKS + i as u64);
+            }
             map.set(i, *sum);
         }
         self.slot(page).expect("modified above").allocates |= allocates;

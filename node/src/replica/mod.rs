@@ -10,6 +10,7 @@
 //! - `attach`: the fence (R1);
 //! - `dirty_log`: regions, their dirty bits, and the metadata pass that makes them durable (R5, R6);
 //! - `map`: which blocks are allocated, and their sums (R10);
+//! - `journal`: what a killed process had allocated since the last flush;
 //! - `flush`: making answered writes durable (R9);
 //! - `io`: reads, writes, zeroes;
 //! - `repair`: hashes, copies, restamps (R7).
@@ -23,7 +24,8 @@
 //! ```text
 //! page 0        superblock, copy 0     written one after the other with a sync between, so that one is always good
 //! page 1        superblock, copy 1
-//! page 2..      dirty bitmap           1 bit a region, 32256 bits a page
+//! page 2..17    allocation journal     8 pages in two versions each, never synced for their own sake: see `journal`
+//! page 18..     dirty bitmap           1 bit a region, 32256 bits a page
 //! then          presence bitmap        1 bit a map page: it has been written
 //! then          block map              1 page for 3 regions: sums, allocation and verification of 768 blocks
 //! ```
@@ -48,6 +50,8 @@
 //! - an allocation without its data: never, map pages that allocate are written after the data is durable;
 //! - data without its allocation, or a punch that is lost: bytes in a block that reads as zeroes. They are freed
 //!   before anybody looks, see `map`;
+//! - after a kill, data without its allocation in the map, but with a record of it in the allocation journal of this
+//!   boot: the blocks become unverified. After a power cut the journal is of another boot, and ignored;
 //! - what a killed process had only written, not synced: the meta file is synced before it is read.
 
 mod attach;
@@ -56,6 +60,7 @@ mod dirty_log;
 mod flush;
 mod interface;
 mod io;
+mod journal;
 pub mod layout;
 mod map;
 mod open;

@@ -3,7 +3,9 @@
 //! ```text
 //! create: bitmaps ─► sync both files ─► superblocks ─► sync ─► opened
 //! open:   sync meta ─► superblocks ─► bitmaps ─► map pages under a bad presence page ─► bad superblock copy rewritten
-//!         ─► dirty regions without a map page punched ─► opened
+//!         ─► journal ─► dirty regions without a map page punched ─► opened
+//! journal that names blocks of dirty regions:
+//!         sync data ─► map pages in which they are unallocated: unverified ─► sync meta
 //! ```
 //!
 //! The sync comes first because a killed predecessor may have written dirty bits, or an epoch, that are only in the
@@ -11,17 +13,19 @@
 //!
 //! A replica without a good superblock was never made, or has lost it; so the superblock comes last (§6).
 
+use std::collections::BTreeMap;
+
 use bytes::BytesMut;
 use proto::frame::SetView;
-use proto::id::{AttachId, AttachNo, Epoch};
-use proto::limits::REGION_SIZE;
+use proto::id::{AttachId, AttachNo, BlockIndex, Epoch};
+use proto::limits::{REGION_BLOCKS, REGION_SIZE};
 
 use super::bitset::BitSet;
 use super::dirty_log::runs;
 use super::interface::{
     Config, Create, DiskData, DiskError, DiskIo, FileKind, FileLengths, OpenError, OpenReport, Output,
 };
-use super::layout::{self, BITMAP_BITS, BITMAP_WORDS, MAP_REGIONS, PAGE, PageKind};
+use super::layout::{self, BITMAP_BITS, BITMAP_WORDS, JOURNAL_SLOTS, MAP_BLOCKS, MAP_REGIONS, PAGE, PageKind};
 use super::state::{Io, Phase, ReplicaCore};
 use super::superblock::{BadCopy, Superblock};
 
@@ -37,6 +41,8 @@ pub(super) struct Opening {
     copies: [Result<Superblock, BadCopy>; 2],
     /// Runs of pages that are being read, first page of the stage and count, by the operation's piece.
     pieces: Vec<(u64, u64)>,
+    /// Blocks that the journal names, by map page; ascending, and from the end when the pages are looked at.
+    named: Vec<(u64, Vec<(u64, u64)>)>,
     /// It is being made, not opened.
     new: bool,
     report: OpenReport,
@@ -53,16 +59,27 @@ enum Stage {
     LostPresence,
     Repair,
     LastSync,
+    Journal,
+    JournalData,
+    JournalMap,
+    JournalMeta,
+    JournalVoid,
     /// Nothing else is awaited.
     Sweep,
 }
 
 impl Opening {
     fn new(stage: Stage) -> Self {
-        let report =
-            OpenReport { epoch: Epoch(0), repaired_superblock: None, bad_bitmap_pages: 0, dirty: 0, rebuilt: false };
+        let report = OpenReport {
+            epoch: Epoch(0),
+            repaired_superblock: None,
+            bad_bitmap_pages: 0,
+            dirty: 0,
+            rebuilt: false,
+            journal_blocks: 0,
+        };
         let copies = [Err(BadCopy::Zero), Err(BadCopy::Zero)];
-        Self { stage, ios: 0, copies, pieces: Vec::new(), new: stage == Stage::NewBitmaps, report }
+        Self { stage, ios: 0, copies, pieces: Vec::new(), named: Vec::new(), new: stage == Stage::NewBitmaps, report }
     }
 }
 
@@ -167,6 +184,14 @@ impl ReplicaCore {
             }
             Stage::Bitmaps => self.take_bitmaps(piece, result.ok()),
             Stage::LostPresence => self.look_for_map_pages(result.ok()),
+            Stage::Journal => self.take_journal(result.ok()),
+            // What could not be made durable is not believed, and never synced again in the hope that it can (R2).
+            Stage::JournalData if result.is_err() => self.opening().named.clear(),
+            Stage::JournalMap => {
+                if let Err(error) = self.mark_journaled(piece, result, out) {
+                    return self.open_failed(OpenError::Disk { file: FileKind::Meta, error }, out);
+                }
+            }
             Stage::Sweep if result.is_err() => self.keep_unswept(piece),
             _ => {
                 if let Err(error) = result {
@@ -231,7 +256,29 @@ impl ReplicaCore {
                 let read = DiskIo::Read { file: FileKind::Meta, offset, len: (count * PAGE) as u32 };
                 self.disk(Io::Open(0), read, out);
             }
-            Stage::LastSync => self.sweep_unmapped(out),
+            Stage::LastSync => self.read_journal(out),
+            stage @ (Stage::Journal | Stage::JournalData) => {
+                let named = !self.opening().named.is_empty();
+                match (stage, named) {
+                    (Stage::Journal, true) => {
+                        self.opening().stage = Stage::JournalData;
+                        self.opening().ios = 1;
+                        self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Data }, out);
+                    }
+                    (Stage::Journal, false) if self.config.cache_kept => self.sweep_unmapped(out),
+                    (_, true) => {
+                        self.opening().stage = Stage::JournalMap;
+                        self.read_journaled(out);
+                    }
+                    (_, false) => {
+                        self.opening().stage = Stage::JournalVoid;
+                        self.opening().ios = 1;
+                        self.void_journal(Io::Open(0), out);
+                    }
+                }
+            }
+            Stage::JournalMap => self.read_journaled(out),
+            Stage::JournalMeta | Stage::JournalVoid => self.sweep_unmapped(out),
             Stage::Sweep => self.opened(out),
         }
     }
@@ -354,8 +401,109 @@ impl ReplicaCore {
                 self.opening().ios = 1;
                 self.write_superblock(copy, out);
             }
-            None => self.sweep_unmapped(out),
+            None => self.read_journal(out),
         }
+    }
+
+    fn read_journal(&mut self, out: &mut Vec<Output>) {
+        self.opening().stage = Stage::Journal;
+        if self.opening().new || !self.journals() {
+            return self.sweep_unmapped(out);
+        }
+        self.opening().ios = 1;
+        let len = (JOURNAL_SLOTS * PAGE) as u32;
+        let read = DiskIo::Read { file: FileKind::Meta, offset: self.layout.journal(0), len };
+        self.disk(Io::Open(0), read, out);
+    }
+
+    /// Takes the blocks that the journal names. Those of a clean region have been flushed since (R6).
+    fn take_journal(&mut self, data: Option<DiskData>) {
+        let Some(DiskData::Read(bytes)) = data else { return };
+        let pages = self.decode_journal(&bytes);
+        let mut named: BTreeMap<u64, Vec<(u64, u64)>> = BTreeMap::new();
+        for (first, count) in self.journal.recover(&pages, self.config.cache_kept) {
+            if !self.in_range(BlockIndex(first), count.into()) {
+                continue;
+            }
+            let end = first + u64::from(count);
+            let (mut at, mut dirty) = (first, Vec::new());
+            while at < end {
+                let next = end.min((at / REGION_BLOCKS + 1) * REGION_BLOCKS);
+                if self.regions.dirty.get(at / REGION_BLOCKS) {
+                    dirty.push((at, next));
+                }
+                at = next;
+            }
+            for (from, to) in dirty {
+                named.entry(from / MAP_BLOCKS).or_default().push((from, to));
+            }
+        }
+        for page in named.keys() {
+            // Its first version was durable before anything changed under it; its presence bit may not have been.
+            if !self.regions.present.get(*page) {
+                self.regions.present.set(*page);
+                self.passes.presence_pages.insert(page / BITMAP_BITS);
+            }
+        }
+        self.opening().named = named.into_iter().collect();
+    }
+
+    /// Reads the next map pages under which the journal names blocks.
+    fn read_journaled(&mut self, out: &mut Vec<Output>) {
+        let opening = self.opening();
+        let rest = opening.named.len().saturating_sub(PIECE_PAGES as usize);
+        let pages: Vec<u64> = opening.named[rest..].iter().map(|(page, _)| *page).collect();
+        opening.ios = pages.len() as u32;
+        if pages.is_empty() {
+            opening.stage = Stage::JournalMeta;
+            opening.ios = 1;
+            return self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta }, out);
+        }
+        for (i, page) in (rest..).zip(pages) {
+            let read = DiskIo::Read { file: FileKind::Meta, offset: self.layout.map(page), len: PAGE as u32 };
+            self.disk(Io::Open(i as u32), read, out);
+        }
+    }
+
+    /// A map page under which the journal names blocks has been read, or written. Blocks that it has for unallocated
+    /// become unverified; their data is durable. A bad page is found again when it is used.
+    fn mark_journaled(
+        &mut self,
+        index: u32,
+        result: Result<DiskData, DiskError>,
+        out: &mut Vec<Output>,
+    ) -> Result<(), DiskError> {
+        let replica = self.config.ids.replica;
+        match result {
+            Ok(DiskData::Read(bytes)) => {
+                let (page, named) = self.opening().named[index as usize].clone();
+                if let Some(mut map) = layout::decode_map(&bytes, page, replica) {
+                    let mut marked = 0;
+                    for at in named.into_iter().flat_map(|(from, to)| from..to).map(|b| (b % MAP_BLOCKS) as usize) {
+                        if !map.is_allocated(at) && !map.is_unverified(at) {
+                            map.distrust(at);
+                            marked += 1;
+                        }
+                    }
+                    if marked > 0 {
+                        let mut bytes = BytesMut::with_capacity(PAGE as usize);
+                        layout::encode_map(&mut bytes, page, replica, &map);
+                        self.opening().report.journal_blocks += marked;
+                        self.opening().ios += 1;
+                        let offset = self.layout.map(page);
+                        let write = DiskIo::Write { file: FileKind::Meta, offset, bytes: bytes.freeze() };
+                        self.disk(Io::Open(index), write, out);
+                    }
+                }
+            }
+            Ok(DiskData::None) => {}
+            Err(error) => return Err(error),
+        }
+        if self.opening().ios == 0 {
+            let rest = self.opening().named.len().saturating_sub(PIECE_PAGES as usize);
+            self.opening().named.truncate(rest);
+        }
+        Ok(())
     }
 
     /// Frees what dirty regions without a map page may hold: writes whose map page was lost before it was promised.

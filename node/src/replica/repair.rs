@@ -446,7 +446,8 @@ impl ReplicaCore {
                     if bytes.iter().all(|b| *b == 0) {
                         self.map.modify(page).clear(at);
                     } else {
-                        self.map.set_sums(page, at, &[block_sum(bytes)]);
+                        // What it does not know to be allocated was unverified: a kill leaves it so, or freed.
+                        self.map.set_sums(page, at, &[block_sum(bytes)], &mut Vec::new());
                     }
                 }
             }

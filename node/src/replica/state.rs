@@ -14,6 +14,7 @@ use super::interface::{
     CloseReason, Config, ConnId, DiskData, DiskError, DiskIo, FaultReason, FileKind, Input, OpId, Output,
 };
 use super::io::{ReadOp, WriteOp, ZeroOp};
+use super::journal::Journal;
 use super::layout::Layout;
 use super::map::MapCache;
 use super::open::Opening;
@@ -62,6 +63,7 @@ pub struct ReplicaCore {
     pub(super) map: MapCache,
     pub(super) attach: AttachState,
     pub(super) flush: FlushState,
+    pub(super) journal: Journal,
     pub(super) repair: RepairState,
     pub(super) ops: ById<u64, Op>,
     ios: ById<u64, Io>,
@@ -154,6 +156,7 @@ pub(super) enum Io {
     MapWrite { first: u64, count: u64, flush: bool },
     Sweep { page: u64, at: u64, count: u64 },
     FlushSync(FileKind),
+    Journal,
 }
 
 impl ReplicaCore {
@@ -172,6 +175,7 @@ impl ReplicaCore {
             map: MapCache::new(config.map_cache_pages, layout.map_pages),
             attach: AttachState::default(),
             flush: FlushState::default(),
+            journal: Journal::default(),
             repair: RepairState::default(),
             ops: ById::default(),
             ios: ById::default(),
@@ -232,6 +236,7 @@ impl ReplicaCore {
                 return;
             }
             self.make_room(out);
+            self.start_journal_write(out);
             self.start_flush_pass(out);
             self.start_meta_pass(out);
             self.continue_attach(out);
@@ -368,6 +373,7 @@ impl ReplicaCore {
             Io::MapLoad { page } => self.map_loaded(page, result, out),
             Io::MapWrite { first, count, flush } => self.map_written(first, count, flush, result, out),
             Io::Sweep { page, at, count } => self.swept(page, at, count, result.is_err(), out),
+            Io::Journal => self.journal_written(result, out),
             Io::FlushSync(file) => self.flush_synced(file, result, out),
         }
     }
@@ -467,6 +473,11 @@ impl ReplicaCore {
             self.refuse(taking.from, Kind::Attach, Code::Faulted, 0, out);
         }
         self.attach.current = None;
+        if self.journals() {
+            // What it names is about to be dropped from the cache. Tried only: whoever opens it next is told as well,
+            // unless this process is killed before.
+            self.void_journal(Io::Journal, out);
+        }
         out.push(Output::Faulted(reason));
     }
 }

@@ -45,6 +45,8 @@ pub struct Node {
     process: u32,
     pub core: Option<ReplicaCore>,
     pub disk: Disk,
+    /// How often the host has lost power: another boot each time.
+    power_cuts: u32,
     /// A core was made before.
     created: bool,
     /// The core faulted; a new one is opened when its disk is quiet.
@@ -61,6 +63,7 @@ impl Node {
             process: 0,
             core: None,
             disk: Disk::new(layout.data_len(), layout.meta_len()),
+            power_cuts: 0,
             created: false,
             faulted: false,
             is_open: false,
@@ -111,7 +114,14 @@ impl World {
         let n = &mut self.nodes[node];
         n.copies.clear();
         n.boot += 1;
-        let config = Config { ids: ids(node), blocks: self.setup.blocks, incarnation, map_cache_pages: CACHE_PAGES };
+        let config = Config {
+            ids: ids(node),
+            blocks: self.setup.blocks,
+            incarnation,
+            boot: u128::from(n.power_cuts + 1).to_le_bytes(),
+            cache_kept: !n.faulted,
+            map_cache_pages: CACHE_PAGES,
+        };
         let lengths = FileLengths { data: n.disk.data.bytes(), meta: n.disk.meta.bytes() };
         let mut out = Vec::new();
         n.core = Some(if n.created {
@@ -144,6 +154,7 @@ impl World {
             self.disk_changed(node, what);
         }
         if power {
+            self.nodes[node].power_cuts += 1;
             self.nodes[node].disk.lose_cache(&mut self.rng);
             self.invariants.cache_lost(node, &self.nodes[node].disk);
         }

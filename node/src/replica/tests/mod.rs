@@ -2,6 +2,7 @@
 
 mod crash;
 mod fence;
+mod journal;
 mod rig;
 mod rules;
 mod structures;

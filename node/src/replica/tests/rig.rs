@@ -81,6 +81,10 @@ impl SimFile {
         }
         self.current = self.durable.clone();
     }
+    /// What has not ended never happens.
+    pub fn forget_unfinished(&mut self) {
+        self.unsynced.retain(|c| c.ended);
+    }
     /// The process dies, the page cache lives on.
     fn keep(&mut self) {
         for change in self.unsynced.iter_mut().filter(|c| !c.ended) {
@@ -113,6 +117,10 @@ pub struct Rig {
     pub attach: AttachId,
     pub conn: ConnId,
     incarnation: u64,
+    /// Counts the power cuts.
+    pub boot: u8,
+    /// What the next opening is told of the page cache.
+    pub cache_kept: bool,
     /// Map pages in memory after the next opening.
     pub cache_pages: usize,
 }
@@ -127,7 +135,14 @@ pub fn ids() -> ReplicaIds {
 }
 
 pub fn config(incarnation: u64) -> Config {
-    Config { ids: ids(), blocks: BLOCKS, incarnation: Incarnation(incarnation), map_cache_pages: 64 }
+    Config {
+        ids: ids(),
+        blocks: BLOCKS,
+        incarnation: Incarnation(incarnation),
+        boot: [1; 16],
+        cache_kept: true,
+        map_cache_pages: 64,
+    }
 }
 
 pub fn attach_id(epoch: u64, attach: u64) -> AttachId {
@@ -149,6 +164,13 @@ pub fn pattern(block: u64, count: u64, seed: u64) -> Bytes {
 pub fn write(block: u64, count: u64, seed: u64) -> Request {
     let data = pattern(block, count, seed);
     Request::Write { block: BlockIndex(block), fua: false, sums: block_sums(&data), data }
+}
+
+/// A write to the allocation journal.
+pub fn is_journal(io: &DiskIo) -> bool {
+    let layout = Layout::new(BLOCKS);
+    matches!(io, DiskIo::Write { file: FileKind::Meta, offset, .. }
+        if (layout.journal(0)..layout.dirty(0)).contains(offset))
 }
 
 pub fn read(block: u64, count: u32) -> Request {
@@ -185,6 +207,8 @@ impl Rig {
             attach: attach_id(0, 0),
             conn: ConnId(1),
             incarnation: 1,
+            boot: 1,
+            cache_kept: true,
             cache_pages: 64,
         };
         rig.take(out);
@@ -207,7 +231,12 @@ impl Rig {
         self.opened = None;
         let mut out = Vec::new();
         let lengths = FileLengths { data: self.data.current.len() as u64, meta: self.meta.current.len() as u64 };
-        let config = Config { map_cache_pages: self.cache_pages, ..config(self.incarnation) };
+        let config = Config {
+            map_cache_pages: self.cache_pages,
+            boot: [self.boot; 16],
+            cache_kept: self.cache_kept,
+            ..config(self.incarnation)
+        };
         self.core = ReplicaCore::open(config, lengths, &mut out);
         self.take(out);
         self.run();
@@ -218,6 +247,7 @@ impl Rig {
     pub fn power_cut(&mut self, rng: &mut Rng) {
         self.data.crash(rng);
         self.meta.crash(rng);
+        self.boot += 1;
         self.reopen();
     }
 
@@ -226,6 +256,12 @@ impl Rig {
         self.data.keep();
         self.meta.keep();
         self.reopen();
+    }
+
+    /// Power is cut when everything that was written, and not synced, happens to be on the disk.
+    pub fn power_cut_that_kept_everything(&mut self) {
+        self.boot += 1;
+        self.kill();
     }
 
     pub fn step(&mut self, input: Input) {

@@ -37,7 +37,7 @@ fn golden_superblock() {
     let golden = concat!(
         "6d643939",
         "7265706c",
-        "01000000",
+        "02000000",
         "01000000",
         "0900000000000000",
         "00000000000000000000000000000001",
@@ -71,10 +71,10 @@ fn a_superblock_of_another_layout_or_with_any_bit_flipped_is_bad() {
         assert_eq!(Superblock::decode(&bad), Err(BadCopy::Damaged), "byte {at}");
     }
     let mut other = good.clone();
-    other[8] = 2;
+    other[8] = 3;
     let crc = crc32fast::hash(&other[..4092]);
     other[4092..].copy_from_slice(&crc.to_le_bytes());
-    assert_eq!(Superblock::decode(&other), Err(BadCopy::Layout(2)));
+    assert_eq!(Superblock::decode(&other), Err(BadCopy::Layout(3)));
     assert_eq!(Superblock::decode(&[0; 4096]), Err(BadCopy::Zero));
 }
 
@@ -127,11 +127,44 @@ fn golden_map_page() {
 }
 
 #[test]
+fn golden_journal_page() {
+    let page = layout::JournalPage { number: 0x0a0b, oldest: 0x0a0a, records: vec![(0x0102_0304_0506, 7), (9, 1)] };
+    let mut bytes = BytesMut::new();
+    layout::encode_journal(&mut bytes, 3, ids().replica, [0xee; 16], &page);
+    assert_eq!(bytes.len(), 4096);
+    let golden = concat!(
+        "0400000000000000",
+        "0300000000000000",
+        "0000000000000000",
+        "00000000000000000000000000000004",
+        "00000000000000000000000000000000",
+        "eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee",
+        "0b0a000000000000",
+        "0a0a000000000000",
+        "02000000",
+        "00000000",
+        "0605040302010000",
+        "07000000",
+        "0900000000000000",
+        "01000000",
+    );
+    assert_eq!(bytes[4..8], crc32fast::hash(&bytes[8..]).to_le_bytes());
+    assert_eq!(hex(&bytes[8..8 + golden.len() / 2]), golden);
+    assert!(bytes[8 + golden.len() / 2..].iter().all(|b| *b == 0));
+    let decode = |bytes: &[u8], slot, boot| layout::decode_journal(bytes, slot, ids().replica, boot);
+    assert_eq!(decode(&bytes, 3, [0xee; 16]), Some(page));
+    assert_eq!(decode(&bytes, 3, [0xed; 16]), None, "another boot");
+    assert_eq!(decode(&bytes, 2, [0xee; 16]), None, "another place");
+    bytes[70] ^= 1;
+    assert_eq!(decode(&bytes, 3, [0xee; 16]), None, "torn");
+}
+
+#[test]
 fn layout_of_a_large_replica() {
     let layout = Layout::new(200 << 30 >> 12);
     assert_eq!((layout.regions, layout.map_pages), (204_800, 68_267));
     assert_eq!((layout.dirty_pages, layout.presence_pages), (7, 3));
-    assert_eq!(layout.map(0), 12 * 4096);
+    assert_eq!(layout.map(0), 28 * 4096);
     assert_eq!(BITMAP_BITS, 32256);
 }
 

@@ -1,0 +1,209 @@
+//! The allocation journal: what a killed process knew of fresh blocks, and no flush had told the disk yet.
+//!
+//! A map page that allocates blocks is written only by a flush (R10), so a process that is killed before takes the
+//! allocations with it, although the page cache still holds the data. So a request that allocated blocks is answered
+//! only after a record (first block, count) of them has been written here, after its data; nothing is synced.
+//! Requests that come meanwhile share the next write. A request that allocates nothing has nothing to do with this.
+//!
+//! ```text
+//! write data ──► sums in the map ──► allocated blocks? ──► journal page ──► answer (FUA: flush pass)
+//!                                        └─ no ─────────────────────────────┘
+//! ```
+//!
+//! Each page tells during which boot of the machine it was written. It is believed in the same one only: after a
+//! power cut the page may be on the disk while the data is not. Nor is it believed after a fault, which drops the
+//! cache. What it names was written before it was, so in the same boot the page cache has that data, or what came
+//! after it: a later write, or the zeroes of a later discard. When the replica is opened, such blocks of dirty regions
+//! that the map has for unallocated become unverified, for equalising to settle, instead of being freed; they are
+//! made durable before their map pages say so (R10).
+//!
+//! The records fill [`JOURNAL_PAGES`] pages in turn, numbered on and on. A flush pass begins a new page, and when it
+//! has ended the older ones may be used again; every page tells the oldest that still counts. Each version of a page
+//! is written beside the one before, so that a torn one takes nothing along that was answered. Where no page is free,
+//! requests wait for a flush pass that is begun for their sake (R11); one is begun when half of them are full. A
+//! record that is older than the last flush does no harm: its blocks are allocated, or hold zeroes.
+
+use std::collections::VecDeque;
+
+use bytes::BytesMut;
+
+use super::interface::{DiskData, DiskError, DiskIo, FaultReason, FileKind, Output};
+use super::layout::{self, JOURNAL_PAGES, JOURNAL_RECORDS, JOURNAL_SLOTS, JournalPage, PAGE};
+use super::state::{Io, Op, ReplicaCore};
+
+/// Newest records that are looked through for a neighbour of a new one.
+const MERGE_LOOK: usize = 16;
+
+/// Records, and requests that wait for theirs.
+#[derive(Debug)]
+pub(super) struct Journal {
+    /// The oldest page whose records no flush has covered.
+    oldest: u64,
+    /// The page that is being filled; free only below `oldest + JOURNAL_PAGES`.
+    current: u64,
+    /// What it holds, and how often it has been written.
+    records: Vec<(u64, u32)>,
+    versions: u64,
+    /// Requests whose records are in no page yet.
+    pending: VecDeque<(u64, Vec<(u64, u32)>)>,
+    /// Requests whose records are being written.
+    writing: Option<Vec<u64>>,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self { oldest: 1, current: 1, records: Vec::new(), versions: 0, pending: VecDeque::new(), writing: None }
+    }
+}
+
+impl Journal {
+    fn begin_page(&mut self) {
+        self.current += 1;
+        self.records.clear();
+        self.versions = 0;
+    }
+
+    /// A flush pass begins, which covers all records so far; tells the first page that it does not cover.
+    pub(super) fn begin_pass(&mut self) -> u64 {
+        if !self.records.is_empty() {
+            self.begin_page();
+        }
+        self.current
+    }
+
+    /// The records of pages below `first` are durable in the map.
+    pub(super) fn flushed(&mut self, first: u64) {
+        self.oldest = self.oldest.max(first);
+    }
+
+    fn add(&mut self, block: u64, count: u32) {
+        for (first, n) in self.records.iter_mut().rev().take(MERGE_LOOK) {
+            if *first + u64::from(*n) == block && n.checked_add(count).is_some() {
+                *n += count;
+                return;
+            }
+        }
+        self.records.push((block, count));
+    }
+
+    /// Takes what an earlier process of this boot left, from the slots in order; tells the blocks it names. `believe`
+    /// is false if they are only to be left behind.
+    pub(super) fn recover(&mut self, pages: &[JournalPage], believe: bool) -> Vec<(u64, u32)> {
+        let Some(newest) = pages.iter().map(|p| p.number).max() else { return Vec::new() };
+        self.current = newest + 1;
+        self.oldest = self.current;
+        if !believe {
+            return Vec::new();
+        }
+        let floor = pages.iter().map(|p| p.oldest).max().expect("there is one");
+        let counting: Vec<&JournalPage> = pages.iter().filter(|p| p.number >= floor).collect();
+        // They count until a flush has ended: what the map is told of them is not all durable before.
+        self.oldest = counting.iter().map(|p| p.number).min().unwrap_or(self.current);
+        counting.into_iter().flat_map(|p| p.records.iter().copied()).collect()
+    }
+}
+
+/// Adds a block to ascending runs.
+pub(super) fn add_to_runs(runs: &mut Vec<(u64, u32)>, block: u64) {
+    match runs.last_mut() {
+        Some((first, count)) if *first + u64::from(*count) == block => *count += 1,
+        _ => runs.push((block, 1)),
+    }
+}
+
+impl ReplicaCore {
+    /// Whether allocations are journaled at all.
+    pub(super) fn journals(&self) -> bool {
+        self.config.boot != [0; 16]
+    }
+
+    /// The request's blocks have just been allocated; it goes on when a record of them has been written.
+    pub(super) fn journal(&mut self, id: u64, mut op: Op, fresh: Vec<(u64, u32)>) {
+        // Counts as a disk operation: no newer attach begins before it has ended, for a later write to the same blocks
+        // allocates nothing and would not wait for it.
+        op.ios += 1;
+        self.ops.insert(id, op);
+        self.journal.pending.push_back((id, fresh));
+    }
+
+    pub(super) fn start_journal_write(&mut self, out: &mut Vec<Output>) {
+        let journal = &mut self.journal;
+        if journal.writing.is_some() || journal.pending.is_empty() {
+            return;
+        }
+        let mut ids = Vec::new();
+        while let Some((id, fresh)) = journal.pending.front() {
+            let used = journal.current - journal.oldest;
+            if used >= JOURNAL_PAGES / 2 && !self.flush.is_running() {
+                self.flush.wanted = true;
+            }
+            if used >= JOURNAL_PAGES {
+                break;
+            }
+            if journal.records.len() + fresh.len() > JOURNAL_RECORDS {
+                if !ids.is_empty() {
+                    // What is new in this page is written first.
+                    break;
+                }
+                journal.begin_page();
+                continue;
+            }
+            ids.push(*id);
+            let (_, fresh) = journal.pending.pop_front().expect("seen above");
+            fresh.into_iter().for_each(|(block, count)| journal.add(block, count));
+        }
+        if ids.is_empty() {
+            return;
+        }
+        journal.writing = Some(ids);
+        let version = journal.versions;
+        journal.versions += 1;
+        let page = JournalPage { number: journal.current, oldest: journal.oldest, records: journal.records.clone() };
+        self.write_journal_page(&page, version, Io::Journal, out);
+    }
+
+    pub(super) fn write_journal_page(&mut self, page: &JournalPage, version: u64, io: Io, out: &mut Vec<Output>) {
+        let slot = page.number % JOURNAL_PAGES * 2 + version % 2;
+        let mut bytes = BytesMut::with_capacity(PAGE as usize);
+        layout::encode_journal(&mut bytes, slot, self.config.ids.replica, self.config.boot, page);
+        let offset = self.layout.journal(slot);
+        self.disk(io, DiskIo::Write { file: FileKind::Meta, offset, bytes: bytes.freeze() }, out);
+    }
+
+    pub(super) fn journal_written(&mut self, result: Result<DiskData, DiskError>, out: &mut Vec<Output>) {
+        let ids = self.journal.writing.take().expect("a journal write that ends has begun");
+        match result {
+            // Without space there is no record, and a kill may take the blocks with it like a power cut (R9).
+            Ok(_) | Err(DiskError::NoSpace) => {}
+            Err(error) => return self.fault(FaultReason::MetaWrite(error), out),
+        }
+        for id in ids {
+            let mut op = self.ops.remove(&id).expect("a request outlives its disk operations");
+            op.ios -= 1;
+            self.written(id, op, out);
+        }
+    }
+
+    /// The pages of this boot, whatever their age.
+    pub(super) fn decode_journal(&self, bytes: &[u8]) -> Vec<JournalPage> {
+        if !self.journals() {
+            return Vec::new();
+        }
+        (0..JOURNAL_SLOTS)
+            .zip(bytes.chunks_exact(PAGE as usize))
+            .filter_map(|(slot, page)| layout::decode_journal(page, slot, self.config.ids.replica, self.config.boot))
+            .filter(|page| page.number.checked_sub(page.oldest).is_some_and(|n| n < JOURNAL_PAGES))
+            .collect()
+    }
+
+    /// An empty page after all others: nothing that is in them counts.
+    pub(super) fn void_journal(&mut self, io: Io, out: &mut Vec<Output>) {
+        // A page of its own: the current one may be being written.
+        self.journal.begin_page();
+        self.journal.oldest = self.journal.current;
+        let page = JournalPage { number: self.journal.current, oldest: self.journal.current, records: Vec::new() };
+        self.write_journal_page(&page, 0, io, out);
+        self.journal.begin_page();
+        self.journal.oldest = self.journal.current;
+    }
+}
