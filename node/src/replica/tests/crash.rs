@@ -29,6 +29,10 @@ impl History {
     fn possible(&self) -> BTreeSet<Content> {
         self.contents.iter().map(|(_, c)| *c).collect()
     }
+    /// What it may hold if nothing was lost: what was answered last, or was in flight.
+    fn kept(&self) -> BTreeSet<Content> {
+        self.contents.iter().filter(|(n, _)| *n >= self.answered).map(|(_, c)| *c).collect()
+    }
     fn send(&mut self, content: Content) {
         let n = self.contents.last().expect("never empty").0 + 1;
         self.contents.push((n, content));
@@ -185,7 +189,8 @@ impl World {
     }
 
     /// After a crash: every block is old or new, or flagged in a dirty region; clean regions hold what was answered.
-    fn check(&mut self, rotten: bool) {
+    /// After a kill nothing that was answered is lost: the bytes under a block that is flagged are what they should be.
+    fn check(&mut self, rotten: bool, killed: bool) {
         self.pending.clear();
         self.locked.clear();
         if self.rng.chance(70) {
@@ -202,7 +207,8 @@ impl World {
             let (b, was_dirty) = (block as usize, dirty_before & (1 << region) != 0);
             let content = match self.rig.bytes(block, 1) {
                 Ok(bytes) => {
-                    let possible = self.model[b].possible();
+                    let exact = killed && !rotten;
+                    let possible = if exact { self.model[b].kept() } else { self.model[b].possible() };
                     let found = content_of(block, &bytes, &possible);
                     let found =
                         found.unwrap_or_else(|| panic!("block {block} holds none of {possible:?} (dirty {was_dirty})"));
@@ -215,6 +221,13 @@ impl World {
                     let (dirty, suspect, _) = self.rig.regions();
                     let flagged = dirty & suspect & (1 << region) != 0;
                     assert!(flagged || rotten, "block {block} is flagged in a clean region");
+                    if killed && !rotten {
+                        self.rig.done(Request::Restamp { block: BlockIndex(block), blocks: [1, 0, 0, 0] });
+                        let bytes = self.rig.bytes(block, 1).expect("restamped");
+                        let kept = self.model[b].kept();
+                        let found = content_of(block, &bytes, &kept);
+                        assert!(found.is_some(), "block {block} holds none of {kept:?} after a kill");
+                    }
                     let content = self.next_content;
                     self.next_content += 1;
                     self.rig.done(write(block, 1, content));
@@ -236,7 +249,8 @@ impl World {
             for _ in 0..120 {
                 self.issue();
             }
-            if self.rng.chance(30) {
+            let killed = self.rng.chance(30);
+            if killed {
                 self.rig.kill();
             } else {
                 let mut rng = self.rng.clone();
@@ -245,7 +259,7 @@ impl World {
                 self.rig.power_cut(&mut rng);
             }
             assert!(matches!(self.rig.opened, Some(Ok(_))), "{:?}", self.rig.opened);
-            self.check(rotten);
+            self.check(rotten, killed);
         }
     }
 }

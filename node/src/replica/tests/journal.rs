@@ -36,7 +36,8 @@ fn records(rig: &Rig) -> Vec<(u64, u32)> {
         let at = layout.journal(slot) as usize;
         decode_journal(&rig.meta.current[at..at + B], slot, ids().replica, [rig.boot; 16])
     };
-    let newest = (0..JOURNAL_SLOTS).filter_map(page).max_by_key(|p| (p.number, p.records.iter().map(|r| r.1).sum::<u32>()));
+    let newest =
+        (0..JOURNAL_SLOTS).filter_map(page).max_by_key(|p| (p.number, p.records.iter().map(|r| r.1).sum::<u32>()));
     newest.map_or(Vec::new(), |p| p.records)
 }
 
