@@ -371,6 +371,20 @@ fn a_restart_of_an_idle_cluster_copies_nothing() {
 }
 
 #[test]
+fn killing_every_process_at_once_loses_nothing_that_was_acknowledged() {
+    let mut power_ons = 0;
+    for seed in 1..=12 {
+        let faults = vec![Fault::KillAll, Fault::KillNode, Fault::CutGateway, Fault::TakeOver];
+        let setup = Setup { ops: 400, faults, fault_every: 700 * MS, ..Setup::of_seed(seed, 400) };
+        match tests::sim::run_seed(setup) {
+            Ok(outcome) => power_ons += outcome.counters.power_ons,
+            Err(failure) => panic!("{failure}"),
+        }
+    }
+    assert!(power_ons > 0, "no cache was ever lost");
+}
+
+#[test]
 fn every_fault_alone_is_survived() {
     for (seed, fault) in (1..).zip(Fault::ALL) {
         let setup = Setup { ops: 400, faults: vec![fault], fault_every: 500 * MS, ..Setup::of_seed(seed, 400) };

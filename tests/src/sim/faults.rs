@@ -27,10 +27,11 @@ pub enum Fault {
     NoSpace,
     SyncFails,
     NoQuorum,
+    KillAll,
 }
 
 impl Fault {
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::KillNode,
         Self::PowerCut,
         Self::PowerCutAll,
@@ -52,6 +53,7 @@ impl Fault {
         Self::NoSpace,
         Self::SyncFails,
         Self::NoQuorum,
+        Self::KillAll,
     ];
 
     pub fn name(self) -> &'static str {
@@ -77,6 +79,7 @@ impl Fault {
             Self::NoSpace => "no space",
             Self::SyncFails => "sync fails",
             Self::NoQuorum => "no quorum",
+            Self::KillAll => "killed everywhere",
         }
     }
 }
@@ -139,6 +142,9 @@ impl World {
         let gateway = self.a_gateway();
         let (n, g) = (Party::Node(node), Party::Gateway(gateway));
         self.log(|| format!("fault: {}", fault.name()));
+        // After these a disk may not have what was written to it.
+        let disk = [Fault::WriteErrors, Fault::PunchErrors, Fault::ReadErrors, Fault::NoSpace, Fault::SyncFails];
+        self.lossless &= !disk.contains(&fault);
         match fault {
             Fault::KillNode => self.kill_for_a_while(node, false),
             Fault::PowerCut => self.kill_for_a_while(node, true),
@@ -223,6 +229,17 @@ impl World {
                 self.calm_in_a_while(n);
             }
             Fault::SyncFails => self.nodes[node].disk.faults.fail_sync = true,
+            Fault::KillAll => {
+                for node in 0..self.nodes.len() {
+                    self.kill_for_a_while(node, false);
+                }
+                for gateway in 0..self.gateways.len() {
+                    self.kill_gateway(gateway);
+                    let boot = self.gateways[gateway].boot;
+                    let wait = self.a_while();
+                    self.after(wait, Event::GatewayStarts { gateway, boot });
+                }
+            }
             Fault::NoQuorum => {
                 self.control.down = true;
                 self.calm_in_a_while(Party::Control);

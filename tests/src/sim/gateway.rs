@@ -306,7 +306,9 @@ impl World {
             Output::PowerOn => {
                 self.log(|| format!("gateway {gateway}: POWER ON"));
                 self.counters.power_ons += 1;
-                self.history.power_on();
+                if !self.lossless {
+                    self.history.power_on();
+                }
             }
             Output::Stop(reason) => {
                 if let StopReason::MetadataIsOld { .. } = reason {

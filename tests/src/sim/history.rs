@@ -7,7 +7,8 @@
 //! or not, at any time after it was asked for.
 //!
 //! At each POWER ON (R8) the disk may go back: what was acknowledged and not flushed may be lost, once. The history
-//! is cut there, and the next piece begins with any one value that a flush has not made impossible (R9).
+//! is cut there, and the next piece begins with any one value that a flush has not made impossible (R9). Not so where
+//! all that happened is that processes were killed: the page cache and the allocation journals keep everything then.
 
 use std::collections::BTreeMap;
 

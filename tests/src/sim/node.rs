@@ -154,6 +154,7 @@ impl World {
             self.disk_changed(node, what);
         }
         if power {
+            self.lossless = false;
             self.nodes[node].power_cuts += 1;
             self.nodes[node].disk.lose_cache(&mut self.rng);
             self.invariants.cache_lost(node, &self.nodes[node].disk);
@@ -200,6 +201,7 @@ impl World {
         let n = &self.nodes[node];
         if n.faulted && n.core.as_ref().is_some_and(ReplicaCore::is_quiet) {
             // A failed sync has dropped the cache, or part of it: what it did not write is gone.
+            self.lossless = false;
             self.nodes[node].disk.lose_cache(&mut self.rng);
             self.invariants.cache_lost(node, &self.nodes[node].disk);
             self.open_core(node);

@@ -74,6 +74,7 @@ impl World {
 
     /// Flips a bit of a block at rest; false if there is nothing at rest.
     pub fn flip(&mut self, node: usize, block: u64) -> bool {
+        self.lossless = false;
         self.nodes[node].disk.data.flip(block, &mut self.rng)
     }
 

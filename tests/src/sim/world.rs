@@ -279,6 +279,8 @@ pub struct World {
     pub nodes: Vec<Node>,
     pub gateways: Vec<Gateway>,
     pub(super) control: Control,
+    /// So far no disk has lost anything: processes were killed at most, and then nothing acknowledged may be missing.
+    pub(super) lossless: bool,
     /// Stopped processes, and what waits for them.
     stopped: BTreeMap<Party, VecDeque<Event>>,
     /// Rates of the processes' clocks, in parts per million off true time.
@@ -361,6 +363,7 @@ impl World {
             invariants: Invariants::new(setup.nodes, layout.regions),
             counters: Counters::default(),
             faults_on: false,
+            lossless: true,
             healed: false,
             digest: 0xcbf2_9ce4_8422_2325,
             failure: None,
