@@ -17,8 +17,8 @@
 //!
 //! # Withheld, because no correct cluster could survive it, or because its rule comes with a later issue
 //!
-//! - A replica whose files are gone or old; bits that flip at rest; lost and misdirected writes (issue 3).
-//! - Voters restored from an old image; raft itself (issue 3 joins it).
+//! - A replica whose files are gone or old; bits that flip at rest; lost and misdirected writes.
+//! - Voters restored from an old image; raft itself, which are simulated on their own (`node/tests/control_sim.rs`).
 //! - Acknowledged and unflushed writes survive the loss of all caches only with R9's replay buffer, which comes
 //!   later: until then the history may go back to what was flushed, once for every POWER ON.
 //! - A punch that fails together with the zeroes that are then written in its stead: the replica's map has the
