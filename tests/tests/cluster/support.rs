@@ -283,8 +283,23 @@ impl TestCluster {
         LoadSpec::new(self.portal("gateway-1"), client::iscsi::iqn(volume), seed)
     }
 
-    /// Bytes that gateway-1's session of the volume has copied between replicas.
+    /// Bytes that gateway-1's session of the volume has copied between replicas, once that rises no more: the
+    /// gateway publishes its figures twice a second.
     pub async fn copied(&self, volume: &str) -> u64 {
+        let until = Instant::now() + PATIENCE;
+        let mut last = self.copied_now(volume).await;
+        loop {
+            tokio::time::sleep(Duration::from_millis(1_200)).await;
+            let now = self.copied_now(volume).await;
+            if now == last {
+                return now;
+            }
+            assert!(Instant::now() < until, "still copying after {PATIENCE:?}");
+            last = now;
+        }
+    }
+
+    async fn copied_now(&self, volume: &str) -> u64 {
         let id = self.volume(volume)["id"].as_str().expect("an id").to_owned();
         let id: proto::id::VolumeId = id.parse().expect("a UUID");
         let addr = self.part("gateway-1")["control"].as_str().expect("an address").to_owned();
