@@ -22,9 +22,6 @@ mod state;
 mod take_over;
 mod types;
 
-#[cfg(test)]
-mod tests;
-
 pub use range_lock::{LockOwner, RangeLocks};
 pub use region_set::RegionSet;
 pub use state::{Mirror, TICK_MS, limits};

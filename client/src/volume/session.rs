@@ -192,24 +192,9 @@ impl VolumeSession {
         }
     }
 
-    /// The stripe's geometry.
-    pub fn stripe(&self) -> Stripe {
-        self.stripe
-    }
-
     /// Where every mirror stands, in stripe order.
     pub fn status(&self) -> Vec<MirrorStatus> {
         self.mirrors.iter().map(Mirror::status).collect()
-    }
-
-    /// Whether every mirror serves.
-    pub fn is_serving(&self) -> bool {
-        self.mirrors.iter().all(Mirror::is_serving)
-    }
-
-    /// Requests that have not ended.
-    pub fn in_flight(&self) -> usize {
-        self.requests.len()
     }
 
     fn all(&mut self, now: u64, input: &Input, out: &mut Vec<SessionOutput>) {
