@@ -195,8 +195,12 @@ impl Mirror {
     // ---- closing --------------------------------------------------------------------------------------------
 
     pub(super) fn begin_close(&mut self, out: &mut Vec<Output>) {
-        if matches!(self.phase, Phase::Opening { .. }) {
-            // Nothing was served; what is dirty stays so.
+        if matches!(self.phase, Phase::Opening { .. } | Phase::Replaying) {
+            if !self.replay.is_empty() {
+                self.close_wanted = true;
+                return;
+            }
+            // What is dirty stays so.
             self.phase = Phase::Closed;
             out.push(Output::Closed { clean: false });
             return;

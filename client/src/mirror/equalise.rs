@@ -513,10 +513,8 @@ impl Mirror {
             .filter(|s| self.slots[*s].is_member() || extra.contains(*s))
             .map(|s| {
                 let attach = self.slots[s].attach.as_ref().expect("hashed replicas are attached");
-                let durable = attach.info().durable;
                 let dirty = attach.listed.as_ref().is_none_or(|l| l.dirty.contains(region));
                 let rank = match (attach.suspect.contains(region), attach.restarted) {
-                    _ if durable => 0,
                     (false, false) => 0,
                     _ if dirty => 1,
                     _ => 2,

@@ -12,6 +12,7 @@ use proto::limits::{BLOCK_SIZE, MAX_DISCARD_BLOCKS, MAX_REQUEST_BLOCKS, REGION_B
 
 use super::mask::Mask;
 use super::range_lock::LockOwner;
+use super::replay::Effect;
 use super::state::{Mirror, Phase, Sent, What, fault_of, limits};
 use super::types::*;
 
@@ -62,6 +63,15 @@ enum Kind {
 }
 
 impl Kind {
+    /// What a writing request does, for [`super::replay`].
+    fn effect(&self) -> Effect {
+        match self {
+            Self::Write { data, .. } | Self::Merge { whole: Some((data, _)), .. } => Effect::Data(data.clone()),
+            Self::Zero { discard } => Effect::Zero { discard: *discard },
+            kind => unreachable!("{kind:?} does not write"),
+        }
+    }
+
     /// What a writing request sends.
     fn request(&self, block: BlockIndex, count: u32, fua: bool) -> Request {
         match self {
@@ -195,7 +205,7 @@ impl Mirror {
         assert!(end <= self.cfg.blocks, "blocks {}..{end} of a mirror of {}", op.block, self.cfg.blocks);
         let longest = if matches!(op.kind, Kind::Zero { .. }) { MAX_DISCARD_BLOCKS } else { MAX_REQUEST_BLOCKS };
         assert!(op.count <= longest, "a request of {} blocks", op.count);
-        if matches!(self.phase, Phase::Closing) {
+        if self.is_closing() {
             out.push(Output::Complete { id, outcome: OpOutcome::Aborted });
             return;
         }
@@ -274,7 +284,7 @@ impl Mirror {
         if self.phase != Phase::Serving && self.phase != Phase::Closing {
             return false;
         }
-        if op.writes() && self.members.len() < self.cfg.min_in_sync {
+        if op.writes() && (self.members.len() < self.cfg.min_in_sync || self.replay.is_full()) {
             return false;
         }
         if self.settling.is_done() {
@@ -548,12 +558,18 @@ impl Mirror {
         self.members | self.proposed() | self.counting()
     }
 
+    /// Whether all that are required can say that they have done something. A member that was given up and is back
+    /// joins under another attach: what it answers there says nothing of what it lost in between, however far its join
+    /// has come, until a newer set has it (R2, R9).
+    pub(super) fn everyone_counts(&self) -> bool {
+        let members = self.live_members();
+        self.members.within(members) && self.required().within(members | self.counting())
+    }
+
     fn reconsider(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {
         self.judge_refusals(id, out);
         let required = self.required();
-        // A member that left and is back joins under another attach: what it answers there says nothing of what it
-        // lost in between. Nothing is acknowledged until the set is one whose replicas all count (R2, R9).
-        let hold = self.holds_acknowledgements() || !required.within(self.live_members() | self.counting());
+        let hold = self.holds_acknowledgements() || !self.everyone_counts();
         let Some(op) = self.ops.get_mut(&id) else { return };
         match op.stage {
             Stage::Writing => {
@@ -569,9 +585,13 @@ impl Mirror {
                     }
                     let op = self.ops.get_mut(&id).expect("open");
                     op.answered = true;
-                    if !op.fua && !alone {
+                    let durable = op.fua || alone;
+                    if !durable {
                         self.unflushed_bytes += u64::from(op.count) * BLOCK_SIZE;
                         self.unflushed_since.get_or_insert(now);
+                    }
+                    if !durable || !self.replay.is_empty() {
+                        self.replay.keep(op.block, op.count, op.kind.effect(), self.flush_next);
                     }
                     out.push(Output::Complete { id, outcome: OpOutcome::Done });
                 }

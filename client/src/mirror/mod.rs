@@ -6,6 +6,7 @@
 //! - `foreground`: reads, writes, merges, zeroes, flushes under range locks (R2, R4, R9, R10);
 //! - `membership`: who leaves and enters the in-sync set, and when writes may be acknowledged (R2);
 //! - `take_over`: what a session begins with, and begins again with after every replica was lost (R8);
+//! - `replay`: acknowledged writes that are not durable yet, for when every cache was lost (R9);
 //! - `equalise`: making a region equal (R7), for joins, reconcile, repair and comparison;
 //! - `join`: how a replica comes back (R7);
 //! - `clean`: the dirty-region log's other half (R6).
@@ -18,6 +19,7 @@ mod mask;
 mod membership;
 mod range_lock;
 mod region_set;
+mod replay;
 mod state;
 mod take_over;
 mod types;

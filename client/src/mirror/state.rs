@@ -14,6 +14,7 @@ use super::mask::Mask;
 use super::membership::Change;
 use super::range_lock::{LockOwner, RangeLocks};
 use super::region_set::RegionSet;
+use super::replay::Replay;
 use super::take_over::Settling;
 use super::types::*;
 
@@ -37,6 +38,10 @@ pub mod limits {
     pub const MAX_UNFLUSHED_BYTES: u64 = 8 << 20;
     /// And for how long, in milliseconds.
     pub const MAX_UNFLUSHED_MS: u64 = 500;
+    /// Bytes of acknowledged writes that are kept until a flush; at more, writes wait for one (R9).
+    pub const MAX_KEPT_BYTES: u64 = 2 * MAX_UNFLUSHED_BYTES;
+    /// Of these, the writes that are out at once when they are written again.
+    pub const MAX_REPLAYED: usize = 32;
     /// Regions that one clean names.
     pub const MAX_CLEAN_REGIONS: usize = 4096;
 
@@ -150,6 +155,7 @@ pub(super) enum What {
     Attach,
     List,
     Op(u64),
+    Replay(usize),
     Flush(FlushNo),
     Equalise(RegionIndex),
     Clean,
@@ -173,6 +179,8 @@ pub(super) enum Phase {
     Opening {
         since: u64,
     },
+    /// Writing what every member may have lost again (R9).
+    Replaying,
     Serving,
     /// No more requests; flushing and cleaning.
     Closing,
@@ -214,6 +222,7 @@ pub struct Mirror {
     pub(super) flush_pending: Mask,
     pub(super) unflushed_bytes: u64,
     pub(super) unflushed_since: Option<u64>,
+    pub(super) replay: Replay,
 
     pub(super) dirty: DirtyTracker,
     pub(super) cleaning: Option<Cleaning>,
@@ -221,6 +230,8 @@ pub struct Mirror {
     pub(super) equalising: BTreeMap<RegionIndex, Equalise>,
     pub(super) background: Background,
     pub(super) clean_next: u64,
+    /// To be closed once what is kept has been written again.
+    pub(super) close_wanted: bool,
     pub(super) closing_flush: Option<FlushNo>,
     pub(super) hash_count: u64,
     /// When a request of the volume was last seen: background work yields to it.
@@ -281,12 +292,14 @@ impl Mirror {
             flush_pending: Mask::EMPTY,
             unflushed_bytes: 0,
             unflushed_since: None,
+            replay: Replay::default(),
             dirty: DirtyTracker::default(),
             cleaning: None,
             settling: Settling::default(),
             equalising: BTreeMap::new(),
             background: Background::default(),
             clean_next: 0,
+            close_wanted: false,
             closing_flush: None,
             hash_count: 0,
             foreground_at: 0,
@@ -327,7 +340,7 @@ impl Mirror {
                 self.forced = matches!(self.phase, Phase::Opening { .. }) || !self.settling.blocked.is_empty();
             }
             Input::Close => {
-                if !matches!(self.phase, Phase::Closing) {
+                if !self.is_closing() {
                     self.begin_close(out);
                 }
             }
@@ -347,12 +360,14 @@ impl Mirror {
             }
             self.attach_where_due(now, out);
             self.advance_opening(now, out);
+            self.advance_replay(now, out);
             self.advance_membership(now, out);
             self.advance_settling(now, out);
             self.advance_joins(now, out);
             self.advance_equalise(now, out);
             self.advance_background(now, out);
             self.advance_granted(now, out);
+            self.advance_kept();
             self.advance_ops(now, out);
             self.advance_flush(now, out);
             self.advance_clean(now, out);
@@ -515,6 +530,7 @@ impl Mirror {
         self.clean_lost(slot);
         self.change_lost(slot);
         self.equalise_forget(slot);
+        self.replay.forget(slot);
         self.extra_base_lost(slot);
         for op in self.ops.values_mut() {
             op.forget(slot);
@@ -557,6 +573,7 @@ impl Mirror {
         }
         match sent.what {
             What::Op(id) => self.op_answered(now, slot, id, reply, out),
+            What::Replay(index) => self.replay_answered(slot, index, reply),
             What::Equalise(region) => self.equalise_answered(now, slot, region, tag, reply, out),
             what => match reply {
                 Reply::Failed { code, .. } => self.lost.push_back((slot, fault_of(code))),
@@ -643,6 +660,11 @@ impl Mirror {
         }
     }
 
+    /// Whether no new requests are taken.
+    pub(super) fn is_closing(&self) -> bool {
+        self.phase == Phase::Closing || self.close_wanted
+    }
+
     /// Whether the mirror serves requests.
     pub fn is_serving(&self) -> bool {
         self.phase == Phase::Serving
@@ -666,6 +688,7 @@ impl Mirror {
                     format!("for replica {}", missing.join(", "))
                 })
             }
+            Phase::Replaying => Some("writes that every replica's cache has lost are written again".to_owned()),
             Phase::Serving | Phase::Closing if self.change.is_some() && !self.live_members_complete() => {
                 Some("writes wait for the in-sync set to be committed".to_owned())
             }

@@ -103,11 +103,12 @@ impl Settling {
 impl Mirror {
     /// Every member is gone: whatever is known of them is void, and the session begins anew with them.
     pub(super) fn reopen(&mut self, now: u64, out: &mut Vec<Output>) {
-        if self.phase == Phase::Closing {
+        if self.phase == Phase::Closing && self.replay.is_empty() {
             self.phase = Phase::Closed;
             out.push(Output::Closed { clean: false });
             return;
         }
+        self.close_wanted |= self.phase == Phase::Closing;
         for slot in 0..self.slots.len() {
             if let Some(attach) = self.slots[slot].attach.take() {
                 out.push(Output::GiveUp { slot, attach: attach.id });
@@ -164,7 +165,7 @@ impl Mirror {
         self.find_old_images(reached);
         let is = |slot: usize| self.slots[slot].attach.as_ref().expect("reached");
         let eligible: Mask = reached.iter().filter(|s| !is(*s).as_new).collect();
-        let intact: Mask = eligible.iter().filter(|s| is(*s).info().suspect == 0 || is(*s).info().durable).collect();
+        let intact: Mask = eligible.iter().filter(|s| is(*s).info().suspect == 0 || is(*s).info().kept).collect();
         let restarted = intact.is_empty();
         let (mut blocked, mut left_behind) = (RegionSet::new(), Mask::EMPTY);
         let keep = if !restarted {
@@ -181,7 +182,8 @@ impl Mirror {
             }
             // A replica that left while regions waited for it does not know those that were written without it, and
             // if a member restarted after that, they are suspect as well: nobody can tell which are which.
-            if !(self.forced || missing.is_empty() && self.awaited.is_empty()) {
+            let nothing_lost = self.replay.is_complete();
+            if !(self.forced || nothing_lost || missing.is_empty() && self.awaited.is_empty()) {
                 if now < since + RESTARTED_MS {
                     return;
                 }
@@ -208,8 +210,6 @@ impl Mirror {
         }));
         let awaited_before = !self.awaited.is_empty();
         self.settling = Settling { unsettled, blocked, left_behind, awaited_before, ..Settling::default() };
-        self.phase = Phase::Serving;
-        self.recheck = true;
         for slot in 0..self.slots.len() {
             if !self.slots[slot].is_answered() {
                 continue;
@@ -228,7 +228,7 @@ impl Mirror {
                 self.start_join(now, slot, out);
             }
         }
-        if restarted {
+        if restarted && !self.replay.is_complete() {
             self.fail_flushes(out);
             out.push(Output::PowerOn);
         }
@@ -239,6 +239,23 @@ impl Mirror {
         };
         if keep == self.members && !keep.iter().all(|s| current(&s)) {
             self.store_set_again(now, out);
+        }
+        if restarted && !self.replay.is_empty() {
+            self.begin_replay(out);
+        } else {
+            self.begin_serving(out);
+        }
+        if !self.replay.is_empty() {
+            self.unflushed_since = Some(now);
+        }
+    }
+
+    /// Every member holds what it must: requests may come.
+    pub(super) fn begin_serving(&mut self, out: &mut Vec<Output>) {
+        self.phase = Phase::Serving;
+        self.recheck = true;
+        if std::mem::take(&mut self.close_wanted) {
+            self.begin_close(out);
         }
     }
 
@@ -277,8 +294,12 @@ impl Mirror {
         if !self.settling.blocked.is_empty() {
             self.try_release(now, out);
         }
+        // A member that is not there may lack what the others were made equal with: until its removal is committed it
+        // could be the base of a later session, and a read from here would be taken back (R3).
+        let required = self.required();
         if let Some((_, no)) = &self.settling.flushing
-            && self.flushed(*no, self.live_members())
+            && self.everyone_counts()
+            && self.flushed(*no, required)
             && let Some((group, _)) = self.settling.flushing.take()
         {
             for slot in self.live_members().iter() {
@@ -292,6 +313,7 @@ impl Mirror {
         }
         if self.settling.is_settled() && !self.settling.ended {
             self.settling.ended = true;
+            self.replay.all_settled();
             self.settling.extra_bases = Mask::EMPTY;
             for slot in self.live_members().iter() {
                 // Those that nobody has allocated had nothing to equalise.

@@ -162,7 +162,7 @@ pub enum Output {
     Complete { id: u64, outcome: OpOutcome },
     /// Commit this set, whose current version is `version`; ask until there is a definite answer (R2).
     ProposeSet { version: SetVersion, members: Vec<ReplicaId>, awaited: Vec<ReplicaId> },
-    /// Every cache was lost (R8): initiators must be told.
+    /// Every cache was lost, and with them acknowledged writes (R8): initiators must be told.
     PowerOn,
     /// Nothing more is to be done here; the session must end without another answer.
     Stop(StopReason),
@@ -183,6 +183,8 @@ pub enum Event {
     Joining { replica: ReplicaId, regions: usize, total: u32 },
     #[error("took over with {kept:?}; {dirty} dirty regions, {blocked} of them wait for {awaited:?}")]
     TookOver { kept: Vec<ReplicaId>, dirty: usize, blocked: usize, awaited: Vec<ReplicaId> },
+    #[error("every cache was lost: writes {writes} acknowledged writes again, {bytes} bytes")]
+    Replaying { writes: usize, bytes: u64 },
     #[error("region {region}: {blocks} blocks matched their sum on no replica; took those of {replica}")]
     Restamped { region: RegionIndex, blocks: u32, replica: ReplicaId },
     #[error("block {block} of replica {replica} fails its checksum")]

@@ -117,7 +117,7 @@ impl ReplicaCore {
             blocks: self.layout.blocks,
             dirty: self.regions.dirty.ones() as u32,
             suspect: self.regions.suspect.ones() as u32,
-            durable: false,
+            kept: self.journal.opened_whole,
             rebuilt: self.superblock.rebuilt,
         };
         let Origin { conn, channel, .. } = taking.from;

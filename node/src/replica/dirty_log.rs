@@ -502,6 +502,7 @@ impl ReplicaCore {
         }
         self.superblock.set.clean = clean;
         self.no_longer_rebuilt();
+        self.find_whole();
         op.body = Body::Meta { cleaned };
         self.ops.insert(id, op);
         self.store_superblock(Waiter::Op(id));
@@ -514,6 +515,7 @@ impl ReplicaCore {
         for region in settled {
             self.regions.suspect.clear(region.into());
         }
+        self.find_whole();
     }
 
     pub(super) fn mark_all_dirty(&mut self, id: u64, op: Op) {

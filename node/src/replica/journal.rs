@@ -22,6 +22,12 @@
 //! is written beside the one before, so that a torn one takes nothing along that was answered. Where no page is free,
 //! requests wait for a flush pass that is begun for their sake (R11); one is begun when half of them are full. A
 //! record that is older than the last flush does no harm: its blocks are allocated, or hold zeroes.
+//!
+//! Together with the page cache the journal keeps everything that was answered, as long as only processes end. Whether
+//! that has been so goes from process to process as a bit of every page, *whole*. Without it the replica opens with
+//! losses, if any region was dirty, and becomes whole again when its last suspect region is settled: from then on it
+//! holds all that the members hold. The next process of this boot tells the gateway (`AttachInfo::kept`), which then
+//! treats its restart as none (R8).
 
 use std::collections::VecDeque;
 
@@ -48,11 +54,27 @@ pub(super) struct Journal {
     pending: VecDeque<(u64, Vec<(u64, u32)>)>,
     /// Requests whose records are being written.
     writing: Option<Vec<u64>>,
+    /// Whatever this replica ever answered is still there.
+    whole: bool,
+    /// It was when this process opened it.
+    pub(super) opened_whole: bool,
+    /// No page says yet whether it is whole.
+    unsaid: bool,
 }
 
 impl Default for Journal {
     fn default() -> Self {
-        Self { oldest: 1, current: 1, records: Vec::new(), versions: 0, pending: VecDeque::new(), writing: None }
+        Self {
+            oldest: 1,
+            current: 1,
+            records: Vec::new(),
+            versions: 0,
+            pending: VecDeque::new(),
+            writing: None,
+            whole: false,
+            opened_whole: false,
+            unsaid: true,
+        }
     }
 }
 
@@ -89,12 +111,13 @@ impl Journal {
     /// Takes what an earlier process of this boot left, from the slots in order; tells the blocks it names. `believe`
     /// is false if they are only to be left behind.
     pub(super) fn recover(&mut self, pages: &[JournalPage], believe: bool) -> Vec<(u64, u32)> {
-        let Some(newest) = pages.iter().map(|p| p.number).max() else { return Vec::new() };
-        self.current = newest + 1;
+        let Some(newest) = pages.iter().max_by_key(|p| p.number) else { return Vec::new() };
+        self.current = newest.number + 1;
         self.oldest = self.current;
         if !believe {
             return Vec::new();
         }
+        (self.whole, self.opened_whole, self.unsaid) = (newest.whole, newest.whole, false);
         let floor = pages.iter().map(|p| p.oldest).max().expect("there is one");
         let counting: Vec<&JournalPage> = pages.iter().filter(|p| p.number >= floor).collect();
         // They count until a flush has ended: what the map is told of them is not all durable before.
@@ -128,7 +151,7 @@ impl ReplicaCore {
 
     pub(super) fn start_journal_write(&mut self, out: &mut Vec<Output>) {
         let journal = &mut self.journal;
-        if journal.writing.is_some() || journal.pending.is_empty() {
+        if journal.writing.is_some() || (journal.pending.is_empty() && !journal.unsaid) {
             return;
         }
         let mut ids = Vec::new();
@@ -152,13 +175,16 @@ impl ReplicaCore {
             let (_, fresh) = journal.pending.pop_front().expect("seen above");
             fresh.into_iter().for_each(|(block, count)| journal.add(block, count));
         }
-        if ids.is_empty() {
+        let free = journal.current - journal.oldest < JOURNAL_PAGES;
+        if ids.is_empty() && !(journal.unsaid && free) {
             return;
         }
+        journal.unsaid = false;
         journal.writing = Some(ids);
         let version = journal.versions;
         journal.versions += 1;
-        let page = JournalPage { number: journal.current, oldest: journal.oldest, records: journal.records.clone() };
+        let (number, oldest, whole) = (journal.current, journal.oldest, journal.whole);
+        let page = JournalPage { number, oldest, whole, records: journal.records.clone() };
         self.write_journal_page(&page, version, Io::Journal, out);
     }
 
@@ -172,10 +198,9 @@ impl ReplicaCore {
 
     pub(super) fn journal_written(&mut self, result: Result<DiskData, DiskError>, out: &mut Vec<Output>) {
         let ids = self.journal.writing.take().expect("a journal write that ends has begun");
-        match result {
-            // Without space there is no record, and a kill may take the blocks with it like a power cut (R9).
-            Ok(_) | Err(DiskError::NoSpace) => {}
-            Err(error) => return self.fault(FaultReason::MetaWrite(error), out),
+        // The pages were written when the replica was made, so space is no reason on most file systems.
+        if let Err(error) = result {
+            return self.fault(FaultReason::MetaWrite(error), out);
         }
         for id in ids {
             let mut op = self.ops.remove(&id).expect("a request outlives its disk operations");
@@ -196,12 +221,23 @@ impl ReplicaCore {
             .collect()
     }
 
-    /// An empty page after all others: nothing that is in them counts.
+    /// Nothing is lost, or nothing of it is lacking any more, once no region is suspect.
+    pub(super) fn find_whole(&mut self) {
+        if self.journals() && !self.journal.whole && self.regions.suspect.ones() == 0 {
+            // In a page of its own: two versions of one say the same of this.
+            self.journal.begin_page();
+            (self.journal.whole, self.journal.unsaid) = (true, true);
+        }
+    }
+
+    /// An empty page after all others: nothing that is in them counts, and what was answered may be lost.
     pub(super) fn void_journal(&mut self, io: Io, out: &mut Vec<Output>) {
         // A page of its own: the current one may be being written.
         self.journal.begin_page();
         self.journal.oldest = self.journal.current;
-        let page = JournalPage { number: self.journal.current, oldest: self.journal.current, records: Vec::new() };
+        (self.journal.whole, self.journal.opened_whole, self.journal.unsaid) = (false, false, false);
+        let number = self.journal.current;
+        let page = JournalPage { number, oldest: number, whole: false, records: Vec::new() };
         self.write_journal_page(&page, 0, io, out);
         self.journal.begin_page();
         self.journal.oldest = self.journal.current;

@@ -11,7 +11,7 @@
 //! 48  zero      16 bytes
 //! 64  bitmap:   4032 bytes, bit 0 of byte 0 first
 //!     map:      3 × (256 sums u32, 256 allocation bits, 256 bits "unverified"), then zeroes
-//!     journal:  boot id 16 bytes, page number u64, oldest page that counts u64, number of records u32, zero u32,
+//!     journal:  boot id 16 bytes, page number u64, oldest page that counts u64, number of records u32, whole u32,
 //!               then records: first block u64, count u32; then zeroes
 //! ```
 
@@ -255,6 +255,8 @@ pub struct JournalPage {
     pub number: u64,
     /// Older pages than this one no longer count.
     pub oldest: u64,
+    /// Whatever its writer had answered was still there.
+    pub whole: bool,
     /// First block and count.
     pub records: Vec<(u64, u32)>,
 }
@@ -266,7 +268,7 @@ pub fn encode_journal(out: &mut BytesMut, slot: u64, replica: ReplicaId, boot: [
         out.put_u64_le(page.number);
         out.put_u64_le(page.oldest);
         out.put_u32_le(page.records.len() as u32);
-        out.put_u32_le(0);
+        out.put_u32_le(page.whole.into());
         for (first, count) in &page.records {
             out.put_u64_le(*first);
             out.put_u32_le(*count);
@@ -289,5 +291,6 @@ pub fn decode_journal(page: &[u8], slot: u64, replica: ReplicaId, boot: [u8; 16]
         (first, u32::from_le_bytes(count.try_into().expect("four bytes")))
     });
     let records = records.collect();
-    Some(JournalPage { number: u64_at(16), oldest: u64_at(24), records })
+    let whole = header[36] == 1;
+    Some(JournalPage { number: u64_at(16), oldest: u64_at(24), whole, records })
 }

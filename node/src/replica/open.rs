@@ -1,7 +1,7 @@
 //! Making and opening a replica.
 //!
 //! ```text
-//! create: bitmaps ─► sync both files ─► superblocks ─► sync ─► opened
+//! create: bitmaps, journal ─► sync both files ─► superblocks ─► sync ─► opened
 //! open:   sync meta ─► superblocks ─► bitmaps ─► map pages under a bad presence page ─► bad superblock copy rewritten
 //!         ─► journal ─► dirty regions without a map page punched ─► opened
 //! journal that names blocks of dirty regions:
@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use proto::frame::SetView;
 use proto::id::{AttachId, AttachNo, BlockIndex, Epoch};
 use proto::limits::{REGION_BLOCKS, REGION_SIZE};
@@ -108,6 +108,11 @@ impl ReplicaCore {
             // The map is gone: every page of it is a lost one.
             core.regions.present = BitSet::full(layout.map_pages);
         }
+        // Written now, they find room whenever they are needed.
+        core.opening().ios += 1;
+        let bytes = Bytes::from(vec![0; (JOURNAL_SLOTS * PAGE) as usize]);
+        let write = DiskIo::Write { file: FileKind::Meta, offset: layout.journal(0), bytes };
+        core.disk(Io::Open(0), write, out);
         let replica = config.ids.replica;
         let mut at = 0;
         let bitmap_pages = layout.dirty_pages + layout.presence_pages;
@@ -549,6 +554,7 @@ impl ReplicaCore {
         } else {
             self.regions.suspect = self.regions.dirty.clone();
         }
+        self.find_whole();
         report.epoch = self.superblock.epoch;
         report.dirty = self.regions.dirty.ones();
         report.rebuilt = self.superblock.rebuilt;

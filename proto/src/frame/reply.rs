@@ -123,8 +123,9 @@ pub struct AttachInfo {
     pub dirty: u32,
     /// Regions dirty when the process started (or damaged), not yet settled.
     pub suspect: u32,
-    /// Its writes are durable when they complete, so a restart loses nothing acknowledged (R9).
-    pub durable: bool,
+    /// Everything that it ever answered is still there, so that a restart has lost nothing (R9): its processes were
+    /// killed at most, and the page cache outlived them.
+    pub kept: bool,
     /// Its metadata could not be read and was made anew: treat it as new (every region is dirty).
     pub rebuilt: bool,
 }
@@ -219,7 +220,7 @@ impl Reply {
                 b.put_u64_le(info.blocks);
                 b.put_u32_le(info.dirty);
                 b.put_u32_le(info.suspect);
-                b.put_u8(info.durable.into());
+                b.put_u8(info.kept.into());
                 b.put_u8(info.rebuilt.into());
                 b.put_u8(info.told.into());
                 put_set(b, &info.set);
@@ -273,7 +274,7 @@ impl Reply {
                 blocks: b.u64()?,
                 dirty: b.u32()?,
                 suspect: b.u32()?,
-                durable: b.bool()?,
+                kept: b.bool()?,
                 rebuilt: b.bool()?,
                 told: b.bool()?,
                 set: read_set(&mut b)?,

@@ -244,7 +244,7 @@ fn replies() -> Vec<(Reply, &'static str)> {
         blocks: 1024,
         dirty: 4,
         suspect: 2,
-        durable: false,
+        kept: false,
         rebuilt: true,
     };
     let window = RegionWindow {

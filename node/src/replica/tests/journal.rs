@@ -1,7 +1,7 @@
 //! The allocation journal: what a killed process leaves of blocks that it had just allocated.
 
 use bytes::Bytes;
-use proto::frame::{Code, Reply, Request, block_sums};
+use proto::frame::{CleanEntry, Code, Reply, Request, block_sums};
 use proto::id::*;
 
 use super::super::layout::{JOURNAL_PAGES, JOURNAL_RECORDS, JOURNAL_SLOTS, Layout, decode_journal};
@@ -318,15 +318,60 @@ fn while_no_page_is_free_writes_wait() {
 }
 
 #[test]
-fn without_space_for_the_journal_a_write_is_answered_all_the_same() {
+fn what_cannot_be_recorded_is_not_answered() {
+    for error in [DiskError::NoSpace, DiskError::Io] {
+        let mut rig = Rig::attached();
+        rig.done(write(0, 1, 1));
+        rig.fail = Box::new(move |io| is_journal(io).then_some(error));
+        assert_eq!(failed(&rig.ask(write(4, 1, 1))), Code::Faulted);
+    }
+}
+
+#[test]
+fn what_was_answered_is_kept_by_kills_and_by_nothing_else() {
     let mut rig = Rig::attached();
-    rig.done(write(0, 1, 1));
-    rig.fail = Box::new(|io| is_journal(io).then_some(DiskError::NoSpace));
     rig.done(write(3, 1, 1));
-    assert!(rig.faulted.is_none());
-    assert_eq!(rig.bytes(3, 1).unwrap(), pattern(3, 1, 1));
-    rig.fail = Box::new(|io| is_journal(io).then_some(DiskError::Io));
-    assert_eq!(failed(&rig.ask(write(4, 1, 1))), Code::Faulted);
+    for attach in 2..5 {
+        rig.kill();
+        assert!(rig.attach(1, attach).kept, "process {attach} of the same boot");
+    }
+    rig.power_cut_that_kept_everything();
+    assert!(!rig.attach(1, 5).kept);
+    rig.kill();
+    assert!(!rig.attach(1, 6).kept, "the loss was not mended yet");
+    // The gateway has equalised the region, and flushed it.
+    rig.flush(1);
+    let entries = vec![CleanEntry { region: RegionIndex(0), flush: FlushNo(1) }];
+    rig.done(Request::Settle { entries });
+    rig.kill();
+    assert!(rig.attach(1, 7).kept, "mended");
+}
+
+#[test]
+fn a_clean_replica_has_nothing_to_lose() {
+    let mut rig = Rig::attached();
+    rig.power_cut_that_kept_everything();
+    assert!(!rig.attach(1, 2).kept, "nobody knows what an earlier boot wrote");
+    rig.done(write(3, 1, 1));
+    rig.kill();
+    assert!(rig.attach(1, 3).kept);
+}
+
+#[test]
+fn a_fault_loses_what_was_answered() {
+    for told in [true, false] {
+        let mut rig = Rig::attached();
+        rig.done(write(3, 1, 2));
+        rig.fail = Box::new(|io| matches!(io, DiskIo::Sync { .. }).then_some(DiskError::Io));
+        rig.ask(Request::Flush { flush: FlushNo(2) });
+        rig.fail = Box::new(|_| None);
+        rig.cache_kept = !told;
+        rig.kill();
+        rig.cache_kept = true;
+        assert!(!rig.attach(1, 2).kept);
+        rig.kill();
+        assert!(!rig.attach(1, 3).kept, "the next process knows of it too");
+    }
 }
 
 #[test]

@@ -128,7 +128,8 @@ fn golden_map_page() {
 
 #[test]
 fn golden_journal_page() {
-    let page = layout::JournalPage { number: 0x0a0b, oldest: 0x0a0a, records: vec![(0x0102_0304_0506, 7), (9, 1)] };
+    let records = vec![(0x0102_0304_0506, 7), (9, 1)];
+    let page = layout::JournalPage { number: 0x0a0b, oldest: 0x0a0a, whole: true, records };
     let mut bytes = BytesMut::new();
     layout::encode_journal(&mut bytes, 3, ids().replica, [0xee; 16], &page);
     assert_eq!(bytes.len(), 4096);
@@ -142,7 +143,7 @@ fn golden_journal_page() {
         "0b0a000000000000",
         "0a0a000000000000",
         "02000000",
-        "00000000",
+        "01000000",
         "0605040302010000",
         "07000000",
         "0900000000000000",

@@ -1,0 +1,203 @@
+//! Acknowledged writes that are not durable yet, kept so that the loss of every cache loses none of them (R9).
+//!
+//! ```text
+//! Opening ──every member restarted with losses──► Replaying ──all written again──► Serving
+//! ```
+//!
+//! Whatever is acknowledged is kept, in that order, until a flush that began later has been answered by every member.
+//! So what is durable on any member, and what is kept here, together are everything that was acknowledged, from the
+//! moment on that the regions found dirty at the opening were settled. Then members that lost their caches are as good
+//! as any, nobody has to be waited for, and initiators have lost nothing: no POWER ON, and flushes go on.
+//!
+//! Durable writes are kept as well while older ones are: those must not be written over them.
+//!
+//! Nothing of the volume's is served meanwhile, and nothing equalised, so that no locks are needed. The lease is not
+//! confirmed anew: attaches fence (R1), and what is written again was acknowledged by the owner of that epoch, under a
+//! dirty bit; nothing is told to an initiator without a live lease.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+use proto::frame::{Reply, Request, block_sums};
+use proto::id::{BlockIndex, FlushNo, RegionIndex};
+use proto::limits::REGION_BLOCKS;
+
+use super::mask::Mask;
+use super::state::{Mirror, Phase, What, fault_of, limits};
+use super::types::*;
+
+/// What one entry counts for besides its data.
+const ENTRY_BYTES: u64 = 128;
+
+/// What a write did.
+#[derive(Clone, Debug)]
+pub(super) enum Effect {
+    Data(Bytes),
+    Zero { discard: bool },
+}
+
+#[derive(Debug)]
+struct Kept {
+    block: BlockIndex,
+    count: u32,
+    effect: Effect,
+    /// A flush with this number or a later one, answered by every member, makes it durable.
+    covered_by: FlushNo,
+}
+
+impl Kept {
+    fn bytes(&self) -> u64 {
+        match &self.effect {
+            Effect::Data(data) => data.len() as u64 + ENTRY_BYTES,
+            Effect::Zero { .. } => ENTRY_BYTES,
+        }
+    }
+
+    fn regions(&self) -> impl Iterator<Item = RegionIndex> + use<> {
+        let last = self.block.0 + u64::from(self.count) - 1;
+        ((self.block.0 / REGION_BLOCKS) as u32..=(last / REGION_BLOCKS) as u32).map(RegionIndex)
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        let end = |kept: &Self| kept.block.0 + u64::from(kept.count);
+        self.block.0 < end(other) && other.block.0 < end(self)
+    }
+
+    fn request(&self) -> Request {
+        let (block, count) = (self.block, self.count);
+        match &self.effect {
+            Effect::Data(data) => Request::Write { block, fua: false, sums: block_sums(data), data: data.clone() },
+            Effect::Zero { discard: true } => Request::Discard { block, count },
+            Effect::Zero { discard: false } => Request::WriteZeroes { block, count, fua: false },
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Replay {
+    kept: VecDeque<Kept>,
+    bytes: u64,
+    /// Everything acknowledged is durable on every member, or kept.
+    complete: bool,
+    /// The first entry that has not been written again.
+    next: usize,
+    /// Entries that are out, and who has not answered.
+    out: BTreeMap<usize, Mask>,
+}
+
+impl Replay {
+    pub fn is_empty(&self) -> bool {
+        self.kept.is_empty()
+    }
+
+    /// Whether the loss of every cache loses nothing that was acknowledged.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Every region that the opening found dirty is the same on all members' disks.
+    pub fn all_settled(&mut self) {
+        self.complete = true;
+    }
+
+    /// Whether another write would be too much to keep (R11).
+    pub fn is_full(&self) -> bool {
+        self.bytes >= limits::MAX_KEPT_BYTES
+    }
+
+    /// A write is being acknowledged; `next` is the next flush to begin.
+    pub fn keep(&mut self, block: BlockIndex, count: u32, effect: Effect, next: FlushNo) {
+        let kept = Kept { block, count, effect, covered_by: next };
+        self.bytes += kept.bytes();
+        self.kept.push_back(kept);
+    }
+
+    /// Every member has answered flush `no`.
+    fn flushed(&mut self, no: FlushNo) {
+        while let Some(kept) = self.kept.pop_front_if(|kept| kept.covered_by <= no) {
+            self.bytes -= kept.bytes();
+        }
+    }
+
+    /// A replica's answer is not awaited any more.
+    pub fn forget(&mut self, slot: usize) {
+        for pending in self.out.values_mut() {
+            pending.remove(slot);
+        }
+    }
+}
+
+impl Mirror {
+    /// Lets go of what is durable.
+    pub(super) fn advance_kept(&mut self) {
+        if self.replay.is_empty() || self.phase == Phase::Replaying {
+            return;
+        }
+        if self.everyone_counts() {
+            let required = self.required();
+            let answered = |slot: usize| self.slots[slot].attach.as_ref().expect("live").flushed;
+            let common = required.iter().map(answered).min().expect("a set has members");
+            self.replay.flushed(common);
+        }
+    }
+
+    /// Begins to write again what the members may have lost.
+    pub(super) fn begin_replay(&mut self, out: &mut Vec<Output>) {
+        self.phase = Phase::Replaying;
+        (self.replay.next, self.replay.out) = (0, BTreeMap::new());
+        let (writes, bytes) = (self.replay.kept.len(), self.replay.bytes);
+        out.push(Output::Log(Event::Replaying { writes, bytes }));
+    }
+
+    pub(super) fn advance_replay(&mut self, now: u64, out: &mut Vec<Output>) {
+        if self.phase != Phase::Replaying {
+            return;
+        }
+        if self.live_members().is_empty() {
+            self.reopen(now, out);
+            return;
+        }
+        let replay = &mut self.replay;
+        let kept = &replay.kept;
+        for (index, _) in replay.out.extract_if(.., |_, pending| pending.is_empty()) {
+            for region in kept[index].regions() {
+                self.dirty.written(region, now, self.flush_next);
+            }
+        }
+        while let Some(kept) = self.replay.kept.get(self.replay.next) {
+            // Requests of one attach may overtake each other on the disk.
+            let free = self.replay.out.keys().all(|other| !self.replay.kept[*other].overlaps(kept));
+            if self.replay.out.len() >= limits::MAX_REPLAYED || !free {
+                break;
+            }
+            let (request, regions) = (kept.request(), kept.regions());
+            let (index, targets) = (self.replay.next, self.live());
+            regions.for_each(|region| self.dirty.writing(region));
+            for slot in targets.iter() {
+                self.send(now, slot, What::Replay(index), request.clone(), out);
+            }
+            self.replay.out.insert(index, targets);
+            self.replay.next += 1;
+        }
+        if self.replay.next == self.replay.kept.len() && self.replay.out.is_empty() {
+            for kept in &mut self.replay.kept {
+                kept.covered_by = self.flush_next;
+            }
+            self.begin_serving(out);
+            self.want_flush();
+        }
+    }
+
+    pub(super) fn replay_answered(&mut self, slot: usize, index: usize, reply: Reply) {
+        match reply {
+            Reply::Done(_) => {
+                if let Some(pending) = self.replay.out.get_mut(&index) {
+                    pending.remove(slot);
+                }
+            }
+            Reply::Failed { code, .. } => self.lost.push_back((slot, fault_of(code))),
+            _ => self.lost.push_back((slot, FaultReason::Nonsense)),
+        }
+    }
+}
