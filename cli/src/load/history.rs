@@ -7,6 +7,10 @@
 //! read that begins later may return an older one (R3). Discards and zeroes are writes of zeroes, which look all
 //! alike: a read remembers which of them it may have met.
 //!
+//! A block is written as a whole, whatever fails: where a read finds a write in one sector of a block, it finds no
+//! older one in the other sectors of that block that the same write covered. (Not so any more once every cache was
+//! lost: a disk may tear a block then.)
+//!
 //! Where every cache was lost at once, writes that no flush covered may be gone (R9): [`History::caches_lost`] opens
 //! each such sector to any version since the last durable one, until a read has seen which it is.
 
@@ -14,8 +18,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use client::block::SECTOR;
+use proto::limits::BLOCK_SIZE;
 
 use super::pattern::{self, Content};
+
+/// Sectors of a block.
+const BLOCK_SECTORS: u64 = BLOCK_SIZE / SECTOR;
 
 /// A range of sectors; end exclusive.
 pub type Sectors = Range<u64>;
@@ -106,6 +114,10 @@ impl std::fmt::Display for Wrong {
 pub struct History {
     seed: u64,
     sectors: Vec<Sector>,
+    /// Where each write of data wrote, by half its version.
+    written: Vec<(u64, u32)>,
+    /// Every cache was lost at least once.
+    torn: bool,
     last: u32,
     writing: BTreeMap<u64, u64>,
     reading: BTreeMap<u64, Noted>,
@@ -129,6 +141,8 @@ impl History {
         Self {
             seed,
             sectors: vec![never; sectors as usize],
+            written: vec![(0, 0)],
+            torn: false,
             last: 1,
             writing: BTreeMap::new(),
             reading: BTreeMap::new(),
@@ -174,6 +188,7 @@ impl History {
                 sector.zeroes = version;
             }
         }
+        self.written.push((range.start, (range.end - range.start) as u32));
         self.writing.insert(range.start, range.end);
         if version.is_zeroes() {
             for noted in self.reading.values_mut() {
@@ -219,6 +234,7 @@ impl History {
 
     /// Every process died at once, so that every cache was lost: what no flush covered may be gone.
     pub fn caches_lost(&mut self) {
+        self.torn = true;
         self.flushed += self.unflushed.len() as u64;
         self.unflushed.clear();
         for sector in self.sectors.iter_mut().filter(|sector| sector.durable != sector.newest) {
@@ -253,6 +269,7 @@ impl History {
     pub fn end_read(&mut self, reading: Reading, data: &[u8]) -> Vec<Wrong> {
         let noted = self.reading.remove(&reading.0).expect("a read ends once");
         let mut wrong = Vec::new();
+        let mut seen = Vec::with_capacity(noted.floors.len());
         for (at, number) in noted.range.clone().enumerate() {
             let bytes = &data[at * SECTOR as usize..(at + 1) * SECTOR as usize];
             let found = pattern::read(self.seed, number, bytes);
@@ -267,6 +284,7 @@ impl History {
                 }
                 _ => None,
             };
+            seen.push(version.filter(|version| !version.is_zeroes()));
             match version {
                 Some(version) => {
                     sector.floor = sector.floor.max(version);
@@ -278,7 +296,33 @@ impl History {
                 None => wrong.push(Wrong { sector: number, found, allowed: allowed(floor, sector.newest) }),
             }
         }
+        if wrong.is_empty() && !self.torn {
+            self.find_torn(&noted.range, &seen, &mut wrong);
+        }
         wrong
+    }
+
+    /// Finds blocks that hold a write in part. `seen`: the data found, sector by sector; nothing for zeroes, which
+    /// look all alike.
+    fn find_torn(&self, range: &Sectors, seen: &[Option<Version>], wrong: &mut Vec<Wrong>) {
+        let at = |sector: u64| (sector - range.start) as usize;
+        for (sector, version) in range.clone().zip(seen) {
+            let Some(version) = version else { continue };
+            let block = sector / BLOCK_SECTORS * BLOCK_SECTORS;
+            let (start, len) = self.written.get(version.0 as usize / 2).copied().unwrap_or_default();
+            let from = range.start.max(block).max(start);
+            let to = range.end.min(block + BLOCK_SECTORS).min(start + u64::from(len));
+            for other in from..to {
+                let (newest, found) = match seen[at(other)] {
+                    Some(found) => (found, Content::Version(found.0)),
+                    None => (self.sectors[other as usize].zeroes, Content::Zero),
+                };
+                if newest < *version {
+                    let allowed = format!("version {} as in sector {sector} of the same block, or newer", version.0);
+                    wrong.push(Wrong { sector: other, found, allowed });
+                }
+            }
+        }
     }
 }
 
@@ -395,6 +439,30 @@ mod tests {
             }
             history.drop_read(read);
         }
+    }
+
+    #[test]
+    fn a_block_holds_all_of_a_write_or_nothing() {
+        for (unit, torn) in [(4, true), (8, false)] {
+            let mut history = History::new(1, 64);
+            let first = history.begin_write(0..32);
+            let old = first.content(1);
+            history.end_write(first, false);
+            let second = history.begin_write(0..32);
+            let mut mixed = second.content(1);
+            mixed[..unit * 512].copy_from_slice(&old[..unit * 512]);
+            let found = check(&mut history, 0..32, &mixed);
+            assert_eq!(found > 0, torn, "the first {unit} sectors are old");
+            history.end_write(second, false);
+        }
+        // Writes to other sectors of the block come and go as they like.
+        let mut history = History::new(1, 64);
+        let writes = [history.begin_write(0..4), history.begin_write(4..6)];
+        let mut mixed = writes[0].content(1);
+        mixed.resize(8 * 512, 0);
+        assert_eq!(check(&mut history, 0..8, &mixed), 0);
+        mixed[4 * 512..6 * 512].copy_from_slice(&writes[1].content(1));
+        assert_eq!(check(&mut history, 0..8, &mixed), 0);
     }
 
     #[test]

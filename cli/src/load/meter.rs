@@ -31,46 +31,69 @@ impl Measured {
     }
 }
 
+/// From when on a command counts as slow.
+pub const SLOW: Duration = Duration::from_millis(250);
+/// Slow commands that are kept until they are taken; more are only counted in the longest.
+const MAX_SLOW: usize = 10_000;
+
+/// A command that took long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slow {
+    /// When it was issued first.
+    pub issued: Instant,
+    /// Until it was answered, all repetitions included.
+    pub took: Duration,
+}
+
+struct Counts {
+    since: Instant,
+    measured: Measured,
+    slow: Vec<Slow>,
+}
+
 /// Counts.
-pub struct Meter(Mutex<(Instant, Measured)>);
+pub struct Meter(Mutex<Counts>);
 
 impl Default for Meter {
     fn default() -> Self {
-        Self(Mutex::new((Instant::now(), Measured::default())))
+        Self(Mutex::new(Counts { since: Instant::now(), measured: Measured::default(), slow: Vec::new() }))
     }
 }
 
 impl Meter {
-    fn with<T>(&self, work: impl FnOnce(&mut (Instant, Measured)) -> T) -> T {
+    fn with<T>(&self, work: impl FnOnce(&mut Counts) -> T) -> T {
         work(&mut self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
     /// A command that was issued first at `issued` has been answered.
     pub fn answered(&self, issued: Instant, bytes: u64) {
         let took = issued.elapsed();
-        self.with(|(_, measured)| {
-            measured.commands += 1;
-            measured.bytes += bytes;
-            measured.longest_ms = measured.longest_ms.max(ms(took));
+        self.with(|counts| {
+            counts.measured.commands += 1;
+            counts.measured.bytes += bytes;
+            counts.measured.longest_ms = counts.measured.longest_ms.max(ms(took));
+            if took >= SLOW && counts.slow.len() < MAX_SLOW {
+                counts.slow.push(Slow { issued, took });
+            }
         });
-    }
-
-    /// A connection was made anew.
-    pub fn reconnected(&self) {
-        self.with(|(_, measured)| measured.reconnects += 1);
     }
 
     /// Commands answered since the last [`Self::take`].
     pub fn commands(&self) -> u64 {
-        self.with(|(_, measured)| measured.commands)
+        self.with(|counts| counts.measured.commands)
+    }
+
+    /// The slow ones since the last call.
+    pub fn take_slow(&self) -> Vec<Slow> {
+        self.with(|counts| std::mem::take(&mut counts.slow))
     }
 
     /// What was measured since the last call; begins anew.
     pub fn take(&self) -> Measured {
-        self.with(|(since, measured)| {
+        self.with(|counts| {
             let now = Instant::now();
-            let taken = Measured { seconds: (now - *since).as_secs_f64(), ..*measured };
-            (*since, *measured) = (now, Measured::default());
+            let taken = Measured { seconds: (now - counts.since).as_secs_f64(), ..counts.measured };
+            (counts.since, counts.measured) = (now, Measured::default());
             taken
         })
     }

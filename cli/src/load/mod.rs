@@ -2,10 +2,11 @@
 //! the history of every sector, and checks every byte that it reads against what that history allows.
 //!
 //! [`history`] decides what a read may return, [`pattern`] makes contents from (seed, sector, version),
-//! [`meter`] measures, [`run`] drives all of it with the initiator, which logs in again when its connection is
-//! lost and repeats what was not answered.
+//! [`meter`] measures, [`line`] is a session that logs in again when its connection is lost, [`run`] drives all of
+//! it and repeats what was not answered.
 
 pub mod history;
+pub mod line;
 pub mod meter;
 pub mod pattern;
 mod rng;

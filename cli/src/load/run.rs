@@ -1,4 +1,4 @@
-//! Drives the load: workers that share one iSCSI session, and a way back when its connection is lost.
+//! Drives the load: workers that share iSCSI sessions, and a way back when a connection is lost.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -7,14 +7,17 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use client::block::SECTOR;
-use client::initiator::{Error, Options, Session};
+use client::initiator::{Error, Session};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::history::{History, Sectors, Writing};
-use super::meter::Meter;
+use super::line::Line;
+use super::meter::{Meter, Slow};
 use super::{Measured, Rng};
 
+/// The initiator's name.
+const INITIATOR: &str = "iqn.2026-11.io.md99:initiator";
 /// Between two tries to log in.
 const LOGIN_AGAIN: Duration = Duration::from_millis(20);
 /// Wrong sectors that are told; the rest is counted.
@@ -52,6 +55,13 @@ impl Default for Mix {
 pub struct LoadSpec {
     /// Where to log in.
     pub portal: SocketAddr,
+    /// Where else the target may be found; tried in turn when it is not where it was.
+    pub other_portals: Vec<SocketAddr>,
+    /// iSCSI sessions that the workers share.
+    pub sessions: usize,
+    /// Asks so often whether a session is alive, and gives it up when no answer comes for as long. `None`: a
+    /// session is lost only when its connection is.
+    pub ping: Option<Duration>,
     /// The target's name.
     pub target: String,
     /// Decides every choice and content.
@@ -69,10 +79,13 @@ pub struct LoadSpec {
 }
 
 impl LoadSpec {
-    /// Mixed load at depth 8 on the whole device.
+    /// Mixed load at depth 8 over one session on the whole device.
     pub fn new(portal: SocketAddr, target: impl Into<String>, seed: u64) -> Self {
         Self {
             portal,
+            other_portals: Vec::new(),
+            sessions: 1,
+            ping: None,
             target: target.into(),
             seed,
             depth: 8,
@@ -133,7 +146,7 @@ struct Shared {
     history: Mutex<History>,
     meter: Meter,
     faults: Mutex<Faults>,
-    session: tokio::sync::Mutex<Option<Session>>,
+    lines: Vec<Line>,
     /// Workers with a higher number rest.
     active: AtomicUsize,
     wake: Notify,
@@ -169,18 +182,20 @@ impl Load {
     /// # Errors
     /// When the target cannot be reached.
     pub async fn idle(spec: LoadSpec) -> Result<Self, LoadError> {
+        let portals: Vec<SocketAddr> = [spec.portal].into_iter().chain(spec.other_portals.iter().copied()).collect();
+        let line = |number| Line::new(portals.clone(), &spec.target, INITIATOR, number as u8, spec.ping);
         let shared = Shared {
+            lines: (1..=spec.sessions.max(1)).map(line).collect(),
             history: Mutex::new(History::new(spec.seed, 0)),
             meter: Meter::default(),
             faults: Mutex::default(),
-            session: tokio::sync::Mutex::new(None),
             active: AtomicUsize::new(spec.depth),
             wake: Notify::new(),
             stop: AtomicBool::new(false),
             spec,
         };
         let capacity =
-            shared.again("READ CAPACITY", &(0..0), |session| async move { session.read_capacity16().await }).await?;
+            shared.again(0, "READ CAPACITY", &(0..0), |session| async move { session.read_capacity16().await }).await?;
         let sectors = capacity.blocks * u64::from(capacity.block_len) / SECTOR;
         *lock(&shared.history) = History::new(shared.spec.seed, sectors);
         shared.meter.take();
@@ -200,7 +215,13 @@ impl Load {
 
     /// What was measured since the last call.
     pub fn take(&self) -> Measured {
-        self.shared.meter.take()
+        let reconnects = self.shared.lines.iter().map(Line::take_reconnects).sum();
+        Measured { reconnects, ..self.shared.meter.take() }
+    }
+
+    /// The commands that took long, of those that were answered since the last call.
+    pub fn take_slow(&self) -> Vec<Slow> {
+        self.shared.meter.take_slow()
     }
 
     /// Commands answered since the last [`Self::take`].
@@ -265,9 +286,9 @@ impl Load {
             let range = at..(at + LONGEST).min(end);
             at = range.end;
             let writing = lock(&shared.history).begin_write(range);
-            write(shared, writing, false).await?;
+            write(shared, 0, writing, false).await?;
         }
-        flush(shared).await
+        flush(shared, 0).await
     }
 
     /// Reads the whole device, or its first `limit` bytes, and checks every byte.
@@ -283,7 +304,8 @@ impl Load {
             while readers.len() < READ_BACK_DEPTH {
                 let Some(start) = starts.next() else { break };
                 let shared = self.shared.clone();
-                readers.spawn(async move { read(&shared, start..(start + LONGEST).min(end)).await });
+                let line = (start / LONGEST) as usize;
+                readers.spawn(async move { read(&shared, line, start..(start + LONGEST).min(end)).await });
             }
             match readers.join_next().await {
                 None => break,
@@ -294,10 +316,10 @@ impl Load {
         Ok(end * SECTOR)
     }
 
-    /// Logs out; the connection is closed either way.
+    /// Logs out; the connections are closed either way.
     pub async fn log_out(self) {
-        if let Some(session) = self.shared.session.lock().await.take() {
-            let _ = tokio::time::timeout(Duration::from_secs(2), session.logout()).await;
+        for line in &self.shared.lines {
+            line.log_out().await;
         }
     }
 }
@@ -306,6 +328,7 @@ impl Shared {
     /// Does a command until it is answered: after a lost connection it logs in and repeats it.
     async fn again<T, F>(
         &self,
+        line: usize,
         what: &'static str,
         range: &Sectors,
         command: impl Fn(Session) -> F,
@@ -315,16 +338,13 @@ impl Shared {
     {
         let mut away: Option<Instant> = None;
         loop {
-            let error = match self.session().await {
-                Ok(session) => match command(session).await {
-                    Ok(done) => return Ok(done),
-                    Err(error @ (Error::ConnectionLost | Error::Connect { .. } | Error::LoginTimeout)) => error,
-                    Err(source) => {
-                        let (offset, bytes) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
-                        return Err(LoadError::Command { what, offset, bytes, source });
-                    }
-                },
-                Err(error) => error,
+            let error = match self.lines[line % self.lines.len()].run(&command).await {
+                Ok(done) => return Ok(done),
+                Err(error) if error.means_away() => error.into(),
+                Err(error) => {
+                    let (offset, bytes) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
+                    return Err(LoadError::Command { what, offset, bytes, source: error.into() });
+                }
             };
             let since = *away.get_or_insert_with(Instant::now);
             if since.elapsed() > self.spec.patience {
@@ -333,21 +353,6 @@ impl Shared {
             }
             tokio::time::sleep(LOGIN_AGAIN).await;
         }
-    }
-
-    async fn session(&self) -> Result<Session, Error> {
-        let mut current = self.session.lock().await;
-        if let Some(session) = current.as_ref().filter(|session| !session.is_closed()) {
-            return Ok(session.clone());
-        }
-        let again = current.take().is_some();
-        let options = Options { login_timeout: Duration::from_secs(5), ..Options::new(self.spec.target.clone()) };
-        let session = Session::connect(self.spec.portal, &options).await?;
-        if again {
-            self.meter.reconnected();
-        }
-        *current = Some(session.clone());
-        Ok(session)
     }
 
     fn fail(&self, error: LoadError) {
@@ -375,7 +380,7 @@ impl Shared {
 async fn work(shared: Arc<Shared>, worker: usize) {
     let mut rng = Rng::new(shared.spec.seed ^ (worker as u64 + 1) << 48);
     while shared.rest(worker).await {
-        if let Err(error) = one(&shared, &mut rng).await {
+        if let Err(error) = one(&shared, worker, &mut rng).await {
             return shared.fail(error);
         }
         if !shared.spec.pause.is_zero() {
@@ -384,7 +389,7 @@ async fn work(shared: Arc<Shared>, worker: usize) {
     }
 }
 
-async fn one(shared: &Shared, rng: &mut Rng) -> Result<(), LoadError> {
+async fn one(shared: &Shared, line: usize, rng: &mut Rng) -> Result<(), LoadError> {
     let mix = shared.spec.mix;
     let mut draw = rng.below(mix.read + mix.write + mix.flush + mix.discard + mix.zeroes);
     let mut is = |part: u64| {
@@ -394,10 +399,10 @@ async fn one(shared: &Shared, rng: &mut Rng) -> Result<(), LoadError> {
     };
     if is(mix.read) {
         let range = pick(shared, rng);
-        return read(shared, range).await;
+        return read(shared, line, range).await;
     }
     if is(mix.flush) {
-        return flush(shared).await;
+        return flush(shared, line).await;
     }
     let discard = is(mix.discard);
     let zeroes = discard || is(mix.zeroes);
@@ -406,7 +411,10 @@ async fn one(shared: &Shared, rng: &mut Rng) -> Result<(), LoadError> {
         tokio::task::yield_now().await;
         return Ok(());
     };
-    if zeroes { zero(shared, writing, discard).await } else { write(shared, writing, rng.below(20) == 0).await }
+    match zeroes {
+        true => zero(shared, line, writing, discard).await,
+        false => write(shared, line, writing, rng.below(20) == 0).await,
+    }
 }
 
 fn begin_somewhere(shared: &Shared, rng: &mut Rng, zeroes: bool) -> Option<Writing> {
@@ -437,11 +445,11 @@ fn pick(shared: &Shared, rng: &mut Rng) -> Sectors {
     start..start + len
 }
 
-async fn read(shared: &Shared, range: Sectors) -> Result<(), LoadError> {
+async fn read(shared: &Shared, line: usize, range: Sectors) -> Result<(), LoadError> {
     let issued = Instant::now();
     let (start, sectors) = (range.start, (range.end - range.start) as u32);
     let reading = lock(&shared.history).begin_read(range.clone());
-    let data = shared.again("READ", &range, |session| async move { session.read(start, sectors).await }).await;
+    let data = shared.again(line, "READ", &range, |session| async move { session.read(start, sectors).await }).await;
     let data = match data {
         Ok(data) => data,
         Err(error) => {
@@ -460,13 +468,13 @@ async fn read(shared: &Shared, range: Sectors) -> Result<(), LoadError> {
     Ok(())
 }
 
-async fn write(shared: &Shared, writing: Writing, fua: bool) -> Result<(), LoadError> {
+async fn write(shared: &Shared, line: usize, writing: Writing, fua: bool) -> Result<(), LoadError> {
     let issued = Instant::now();
     let range = writing.range();
     let data = Bytes::from(writing.content(shared.spec.seed));
     let bytes = data.len() as u64;
     let start = range.start;
-    let written = shared.again("WRITE", &range, |session| {
+    let written = shared.again(line, "WRITE", &range, |session| {
         let data = data.clone();
         async move { session.write(start, data, fua).await }
     });
@@ -476,12 +484,12 @@ async fn write(shared: &Shared, writing: Writing, fua: bool) -> Result<(), LoadE
     Ok(())
 }
 
-async fn zero(shared: &Shared, writing: Writing, discard: bool) -> Result<(), LoadError> {
+async fn zero(shared: &Shared, line: usize, writing: Writing, discard: bool) -> Result<(), LoadError> {
     let issued = Instant::now();
     let range = writing.range();
     let (start, sectors) = (range.start, (range.end - range.start) as u32);
     let what = if discard { "UNMAP" } else { "WRITE SAME" };
-    let zeroed = shared.again(what, &range, |session| async move {
+    let zeroed = shared.again(line, what, &range, |session| async move {
         match discard {
             true => session.unmap(start, sectors).await,
             false => session.write_zeroes(start, sectors, true).await,
@@ -493,10 +501,10 @@ async fn zero(shared: &Shared, writing: Writing, discard: bool) -> Result<(), Lo
     Ok(())
 }
 
-async fn flush(shared: &Shared) -> Result<(), LoadError> {
+async fn flush(shared: &Shared, line: usize) -> Result<(), LoadError> {
     let issued = Instant::now();
     let flushing = lock(&shared.history).begin_flush();
-    shared.again("SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await?;
+    shared.again(line, "SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await?;
     shared.meter.answered(issued, 0);
     lock(&shared.history).end_flush(flushing);
     Ok(())

@@ -152,6 +152,28 @@ impl History {
         self.records.is_empty()
     }
 
+    /// Everything that was asked of a sector, a line for each request: when, what, when and how it was answered.
+    pub fn story(&self, sector: u64) -> Vec<(Value, String)> {
+        let about = |record: &Record| (record.first..record.first + record.count).contains(&sector);
+        let tell = |(i, r): (usize, &Record)| {
+            let value = r.values.get((sector.saturating_sub(r.first)) as usize);
+            let found = value.map_or(String::new(), |value| format!(" found {value}"));
+            let told = match r.told_at {
+                Some(at) => format!("{:?} at {at}", r.told),
+                None => r.given_up.map_or("not answered".into(), |at| format!("given up at {at}")),
+            };
+            let (asked, first, end, at) = (r.asked, r.first, r.first + r.count, r.at);
+            (i as Value + 1, format!("{:>6}: {asked:?} {first}..{end} asked at {at}, {told}{found}", i + 1))
+        };
+        self.records.iter().enumerate().filter(|(_, record)| about(record)).map(tell).collect()
+    }
+
+    /// The first sector that could not have been so.
+    pub fn wrong_sector(&self, sectors: u64) -> Option<u64> {
+        let why = self.check(sectors).err()?;
+        why.strip_prefix("sector ")?.split(' ').next()?.parse().ok()
+    }
+
     /// Checks every sector.
     ///
     /// # Errors
