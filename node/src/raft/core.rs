@@ -341,7 +341,9 @@ impl RaftCore {
                 }
                 let mut before = (m.index, m.log_term);
                 for entry in m.entries.iter() {
-                    if entry.index != before.0 + 1 || entry.term < before.1 || entry.term > m.term {
+                    // No entry is of term 0, and raft-rs takes one behind the log's end for known.
+                    let in_order = entry.term >= before.1.max(1) && entry.term <= m.term;
+                    if entry.index != before.0 + 1 || !in_order {
                         return refuse(format!(
                             "entry {} of term {} after {} of term {}",
                             entry.index, entry.term, before.0, before.1
@@ -366,13 +368,20 @@ impl RaftCore {
             }
             MsgSnapshot => {
                 let metadata = m.get_snapshot().get_metadata();
-                let mut voters = metadata.get_conf_state().voters.clone();
+                let members = metadata.get_conf_state();
+                let mut voters = members.voters.clone();
                 voters.sort_unstable();
-                if metadata.index == 0 || metadata.term == 0 || metadata.term > m.term {
-                    return refuse(format!("snapshot of {} in term {}", metadata.index, metadata.term));
+                let (index, term) = (metadata.index, metadata.term);
+                if index == 0 || index > u64::MAX / 2 || term == 0 || term > m.term {
+                    return refuse(format!("snapshot of {index} in term {term}"));
                 }
-                if voters != self.config.voters {
-                    return refuse(format!("snapshot for voters {voters:?}"));
+                // raft-rs panics where these don't fit together.
+                let only_voters = members.learners.is_empty()
+                    && members.learners_next.is_empty()
+                    && members.voters_outgoing.is_empty()
+                    && !members.auto_leave;
+                if voters != self.config.voters || !only_voters {
+                    return refuse(format!("snapshot for members {members:?}"));
                 }
             }
             MsgRequestVote
@@ -649,7 +658,17 @@ mod tests {
         acknowledged.index = 99;
         let empty = message(MessageType::MsgPropose, 2, 0);
         let local = message(MessageType::MsgHup, 2, 2);
-        for bad in [stranger, own, elsewhere, ahead, acknowledged, empty, local] {
+        let mut learner = message(MessageType::MsgSnapshot, 2, 3);
+        let metadata = learner.mut_snapshot().mut_metadata();
+        (metadata.index, metadata.term) = (9, 2);
+        metadata.mut_conf_state().voters = vec![1, 2, 3];
+        let mut far = learner.clone();
+        metadata.mut_conf_state().learners = vec![3];
+        far.mut_snapshot().mut_metadata().index = u64::MAX;
+        let mut timeless = message(MessageType::MsgAppend, 2, 3);
+        timeless.commit = 1;
+        timeless.entries.push(Entry { index: 1, ..Entry::default() });
+        for bad in [stranger, own, elsewhere, ahead, acknowledged, empty, local, learner, far, timeless] {
             assert!(core.message(bad.clone()).is_err(), "{bad:?}");
         }
     }
