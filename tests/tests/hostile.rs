@@ -1,7 +1,8 @@
 //! A share of the hostile inputs: all that are kept, and changes of them from a fixed seed. `cargo run --release -p
 //! tests --bin hostile` runs as many more as one likes, and repeats one.
 
-use tests::hostile::{TARGETS, Until, drive, find, memory::Counting};
+use tests::hostile::source::Seen;
+use tests::hostile::{TARGETS, Target, Until, drive, find, memory::Counting, replay};
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -22,6 +23,42 @@ fn every_target_is_run_here() {
     }
 }
 
+/// A target that goes wrong when an input holds this byte.
+const BAD: u8 = 0xee;
+
+fn goes_wrong(name: &'static str, run: fn(&[u8], &mut Seen)) {
+    let target = Target {
+        name,
+        about: "",
+        run,
+        memory: 1 << 20,
+        seeds: || vec![vec![0; 100]],
+        words: &[],
+        records: |_| vec![0, 50],
+    };
+    let target: &'static Target = Box::leak(Box::new(target));
+    let failure = drive(target, Until::Inputs(100_000), SEED).expect_err("a bad byte comes up");
+    let input = std::fs::read(&failure.file).expect("the input is kept");
+    assert!(input.contains(&BAD), "{input:?}");
+    let again = replay(target, &failure.file).expect_err("it is repeated");
+    assert_eq!(again.why, failure.why);
+    std::fs::remove_file(&failure.file).expect("it was there");
+}
+
+#[test]
+fn a_panic_is_found_and_repeated() {
+    goes_wrong("test-panic", |input, _| assert!(!input.contains(&BAD), "a bad byte"));
+}
+
+#[test]
+fn too_much_memory_is_found_and_repeated() {
+    goes_wrong("test-memory", |input, _| {
+        // Reserved, not touched: what a believed length does.
+        let len = if input.contains(&BAD) { 2 << 20 } else { 1 << 10 };
+        drop(std::hint::black_box(Vec::<u8>::with_capacity(len)));
+    });
+}
+
 #[test]
 fn frames() {
     run("frames", 50_000);
@@ -32,11 +69,15 @@ fn requests() {
 }
 #[test]
 fn meta() {
-    run("meta", 1_500);
+    run("meta", 400);
 }
 #[test]
 fn iscsi() {
     run("iscsi", 8_000);
+}
+#[test]
+fn portal() {
+    run("portal", 500);
 }
 #[test]
 fn scsi() {

@@ -13,6 +13,9 @@ const USAGE: &str = "usage: hostile --target NAME|all [--seconds N | --inputs N]
        hostile --target NAME --replay FILE
        hostile --write-seeds    writes the inputs to begin with into tests/fuzz/corpus";
 
+/// Files of one target that `--write-seeds` writes: some of its inputs, enough for cargo-fuzz to begin with.
+const MAX_FILES: usize = 32;
+
 struct Args {
     target: String,
     until: Until,
@@ -48,7 +51,8 @@ fn write_seeds() -> std::io::Result<()> {
     for target in TARGETS {
         let dir = corpus_dir(target);
         std::fs::create_dir_all(&dir)?;
-        for (n, seed) in (target.seeds)().iter().enumerate() {
+        let seeds = (target.seeds)();
+        for (n, seed) in seeds.iter().enumerate().step_by(seeds.len().div_ceil(MAX_FILES)) {
             std::fs::write(dir.join(format!("seed-{n:03}")), seed)?;
         }
     }

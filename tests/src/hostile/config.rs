@@ -17,7 +17,8 @@ pub fn run(input: &[u8], seen: &mut Seen) {
             assert_eq!(NodeConfig::parse(&again).ok(), Some(config), "it comes back");
             seen.note("node");
         }
-        Err(error) => seen.words(&error.to_string()),
+        // The last line says what is wrong; those before show where.
+        Err(error) => seen.words(error.to_string().trim_end().lines().last().unwrap_or_default()),
     }
     match toml::from_str::<GatewayConfig>(text) {
         Ok(config) => {
@@ -29,7 +30,7 @@ pub fn run(input: &[u8], seen: &mut Seen) {
             let again = toml::to_string(&config).expect("a configuration is TOML");
             assert_eq!(toml::from_str::<GatewayConfig>(&again).ok(), Some(config), "it comes back");
         }
-        Err(error) => seen.words(&error.to_string()),
+        Err(error) => seen.words(error.message()),
     }
 }
 

@@ -64,32 +64,29 @@ fn request_id(n: u128, since: u64) -> RequestId {
 }
 
 /// What must hold of the metadata, whatever was asked of them; `before`: epochs and versions never fall.
-fn check_metadata(machine: &Metadata, before: &mut BTreeMap<Uuid, u64>) {
+fn check_metadata(machine: &Metadata, before: &mut BTreeMap<(VolumeId, usize), u64>) {
     assert!(machine.volumes().len() <= MAX_VOLUMES && machine.gateways().len() <= MAX_GATEWAYS);
     for node in machine.members().keys() {
         assert!(machine.pools_of(*node).count() <= MAX_POOLS);
     }
     let mut names = BTreeSet::new();
-    let mut rises = |id: Uuid, number: u64| {
-        let last = before.insert(id, number).unwrap_or(0);
-        assert!(number >= last, "{id}: {number} after {last}");
+    let mut rises = |volume: VolumeId, which: usize, number: u64| {
+        let last = before.insert((volume, which), number).unwrap_or(0);
+        assert!(number >= last, "{volume}, {which}: {number} after {last}");
     };
     for volume in machine.volumes().values() {
         assert_eq!(check_name("volume", &volume.name), Ok(()));
         let lives = volume.state != VolumeState::Deleting;
         assert!(!lives || names.insert(&volume.name), "two volumes named {}", volume.name);
         assert!(!volume.mirrors.is_empty() && volume.mirrors.len() <= MAX_MIRRORS);
-        rises(volume.id.0, volume.session.epoch.0);
-        for mirror in &volume.mirrors {
+        rises(volume.id, 0, volume.session.epoch.0);
+        for (which, mirror) in (1..).zip(&volume.mirrors) {
             assert!(mirror.replicas.len() <= MAX_REPLICAS);
             let nodes: BTreeSet<_> = mirror.replicas.iter().map(|replica| replica.node).collect();
             assert_eq!(nodes.len(), mirror.replicas.len(), "replicas of a mirror are on distinct nodes");
             let set = &mirror.in_sync;
-            rises(mirror.id.0, set.version.0);
-            assert_eq!(
-                set.members.is_empty(),
-                volume.state == VolumeState::Creating && set.version.0 == 0 || set.version.0 == 0
-            );
+            rises(volume.id, which, set.version.0);
+            assert_eq!(set.members.is_empty(), set.version.0 == 0, "the first set has members");
             for ids in [&set.members, &set.awaited] {
                 assert!(ids.is_sorted_by(|a, b| a < b), "sorted and distinct");
                 let defined = |id: &ReplicaId| mirror.replicas.iter().any(|replica| replica.id == *id);
@@ -122,7 +119,7 @@ struct Member1 {
     /// Entries of the log, not applied to the second machine yet.
     log: BTreeMap<u64, (u64, Vec<u8>)>,
     second: Metadata,
-    before: BTreeMap<Uuid, u64>,
+    before: BTreeMap<(VolumeId, usize), u64>,
     /// It has stopped, because it can't read its log.
     stopped: bool,
 }

@@ -246,7 +246,7 @@ fn heard(pdu: &Pdu, wanted: &mut Vec<Wanted>, statuses: &mut BTreeMap<u32, u32>,
 }
 
 /// Where the PDUs of a stream without digests begin, as their headers claim.
-fn starts(stream: &[u8]) -> Vec<usize> {
+pub fn starts(stream: &[u8]) -> Vec<usize> {
     let mut starts = Vec::new();
     let mut at = 0usize;
     while let Some(bhs) = stream.get(at..at + BHS_LEN) {
@@ -426,7 +426,7 @@ fn greet(login: &mut Login, receiver: &mut Receiver, seen: &mut Seen) -> Greeted
                 assert!((512..=OUR_MAX_BURST).contains(&p.max_burst), "{p:?}");
                 assert!(p.first_burst <= p.max_burst.min(OUR_FIRST_BURST), "{p:?}");
                 assert!((1..=OUR_OUTSTANDING_R2T).contains(&p.max_outstanding_r2t), "{p:?}");
-                // Discovery needs a socket: see `portal`.
+                // Discovery is the portal's: see `portal`.
                 let normal = agreed.identity.target.as_deref() == Some(IQN);
                 assert!(normal || agreed.identity.target.is_none(), "{:?}", agreed.identity);
                 return if normal { Greeted::Agreed(agreed) } else { Greeted::Ends };
@@ -648,6 +648,46 @@ pub fn seeds() -> Vec<Vec<u8>> {
         seeds.push(with(&head, &[ready, command_pdu(2, &cdb, len, read, &data, true)]));
     }
     seeds
+}
+
+/// Streams from the first byte on, with the numbers that a right initiator would give: for those who can't mend.
+pub fn whole_streams() -> Vec<Vec<u8>> {
+    let named = [("InitiatorName", "iqn.1994-05.com.redhat:x"), ("TargetName", IQN)];
+    let login = login_pdu(1, Some(3), false, &[&named[..], &[("InitialR2T", "No")]].concat());
+    let discovery = login_pdu(1, Some(3), false, &[named[0], ("SessionType", "Discovery")]);
+    let all = pdu(
+        Request::Text(request::Text {
+            immediate: false,
+            last: true,
+            more: false,
+            lun: 0,
+            itt: 7,
+            ttt: NO_TAG,
+            cmd_sn: CmdSn(0),
+            exp_stat_sn: 0,
+        }),
+        b"SendTargets=All\0X-other=1\0",
+    );
+    let numbered = |pdus: Vec<Vec<u8>>| {
+        let mut cmd_sn = 0u32;
+        pdus.into_iter().flat_map(move |mut pdu| {
+            if !matches!(pdu[0], 0x03 | 0x05 | 0x43) {
+                cmd_sn += u32::from(pdu[0] & 0x40 == 0);
+                pdu[24..28].copy_from_slice(&cmd_sn.to_be_bytes());
+            }
+            pdu
+        })
+    };
+    let stream = |head: &[u8], pdus: Vec<Vec<u8>>| head.iter().copied().chain(numbered(pdus)).collect::<Vec<u8>>();
+    let mut streams = vec![
+        stream(&login, work()),
+        stream(&login, [work()[..2].to_vec(), others()].concat()),
+        stream(&discovery, vec![all.clone(), all, others().remove(0), others().remove(7)]),
+        stream(&discovery, work()),
+        stream(&login, vec![login.clone()]),
+    ];
+    streams.extend(others().into_iter().map(|pdu| stream(&discovery, vec![pdu])));
+    streams
 }
 
 pub fn records(input: &[u8]) -> Vec<usize> {

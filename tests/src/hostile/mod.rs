@@ -10,7 +10,7 @@
 //!   `hostile` as many as one likes, `tests/fuzz` the same functions under cargo-fuzz;
 //! - [`memory`]: what an input makes the product hold;
 //! - [`frames`], [`replica`]: the replica protocol, requests to a replica, meta files;
-//! - [`iscsi`], [`unit`]: connections of initiators, SCSI commands;
+//! - [`iscsi`], [`portal`], [`unit`]: connections of initiators, SCSI commands;
 //! - [`control`]: gRPC messages, raft messages, log entries and snapshots;
 //! - [`config`]: configuration files.
 
@@ -21,6 +21,7 @@ pub mod frames;
 pub mod iscsi;
 pub mod memory;
 pub mod mutate;
+pub mod portal;
 pub mod replica;
 pub mod source;
 pub mod unit;
@@ -81,6 +82,15 @@ pub const TARGETS: &[Target] = &[
         seeds: iscsi::seeds,
         words: iscsi::WORDS,
         records: iscsi::records,
+    },
+    Target {
+        name: "portal",
+        about: "the same to a portal, over a socket",
+        run: portal::run,
+        memory: portal::MEMORY,
+        seeds: portal::seeds,
+        words: iscsi::WORDS,
+        records: portal::records,
     },
     Target {
         name: "scsi",
