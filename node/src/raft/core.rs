@@ -235,6 +235,11 @@ impl RaftCore {
 
     /// A tick has passed.
     pub fn tick(&mut self, heard_lately: impl Fn(u64) -> bool) {
+        // To campaign raft-rs looks through the entries that are not applied, as it was told. Until a snapshot is
+        // durable those are entries from before it, which are gone, and raft-rs panics.
+        if self.installing.is_some() {
+            return;
+        }
         self.node.tick();
         self.prefer(heard_lately);
     }
@@ -292,7 +297,9 @@ impl RaftCore {
         // A follower would pass these on under their first sender's name, and panics where they carry a term: that
         // they reached one is a loss on the way, and they are asked again.
         let for_leader = matches!(message.get_msg_type(), MessageType::MsgPropose | MessageType::MsgReadIndex);
-        if for_leader && !self.leads() {
+        // For the same reason as in `tick` nobody campaigns now; whoever asked for it goes on without.
+        let too_early = self.installing.is_some() && message.get_msg_type() == MessageType::MsgTimeoutNow;
+        if too_early || for_leader && !self.leads() {
             return Ok(());
         }
         // What raft-rs refuses now (a proposal without a leader, say) is lost as if on the way.
