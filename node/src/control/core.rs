@@ -292,17 +292,31 @@ impl ControlCore {
     }
 
     fn message(&mut self, now: Now, message: Message, out: &mut Vec<Output>) {
-        // A proposal that this program could not read must not get into the log.
-        let unreadable = message.get_msg_type() == raft::eraftpb::MessageType::MsgPropose
-            && message.entries.iter().any(|entry| Proposal::decode(&entry.data).is_err());
+        use raft::eraftpb::MessageType::{MsgPropose, MsgSnapshot};
+        let kind = message.get_msg_type();
+        let unreadable = match kind {
+            // A proposal that this program could not read must not get into the log.
+            MsgPropose => message
+                .entries
+                .iter()
+                .any(|entry| Proposal::decode(&entry.data).is_err())
+                .then(|| "proposes what cannot be read".to_owned()),
+            // Once raft-rs has taken it there is no way back: it must be the machine as of its index.
+            MsgSnapshot => {
+                let snapshot = message.get_snapshot();
+                let index = snapshot.get_metadata().index;
+                match Metadata::decode(&snapshot.data) {
+                    Ok(machine) if machine.applied() == index => None,
+                    Ok(machine) => Some(format!("a machine as of {} in a snapshot of {index}", machine.applied())),
+                    Err(bad) => Some(bad.to_string()),
+                }
+            }
+            _ => None,
+        };
         let from = message.from;
         let checked = match unreadable {
-            true => Err(crate::raft::core::BadMessage {
-                from,
-                kind: "MsgPropose".into(),
-                why: "proposes what cannot be read".into(),
-            }),
-            false => self.raft.message(message),
+            Some(why) => Err(crate::raft::core::BadMessage { from, kind: format!("{kind:?}"), why }),
+            None => self.raft.message(message),
         };
         match checked {
             Err(bad) => out.push(Output::BadMessage(bad)),

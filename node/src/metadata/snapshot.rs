@@ -1,11 +1,15 @@
 //! The machine as bytes, and back: a version byte, then JSON of everything in order. Equal machines give equal
 //! bytes, so the hash of the bytes tells whether two voters agree.
 
-use proto::cluster::{GatewayInfo, Member, Pool, VolumeInfo};
-use proto::id::ClusterId;
+use std::collections::BTreeSet;
+
+use proto::cluster::{GatewayInfo, Member, Pool, VolumeInfo, VolumeSpec, VolumeState};
+use proto::id::{ClusterId, ReplicaId};
+use proto::limits::{MAX_MIRROR_SIZE, MAX_REPLICAS};
 use serde::{Deserialize, Serialize};
 
-use super::state::{Metadata, Remembered};
+use super::placement::check_spec;
+use super::state::{MAX_ANSWERS, MAX_GATEWAYS, MAX_POOLS, MAX_SETTINGS, MAX_VOLUMES, Metadata, Remembered};
 
 const VERSION: u8 = 1;
 
@@ -36,7 +40,16 @@ pub enum BadSnapshot {
     /// It does not parse.
     #[error("metadata snapshot that does not parse: {0}")]
     Parse(#[from] serde_json::Error),
+    /// No machine ever was like this.
+    #[error("metadata snapshot that makes no sense: {why}")]
+    Senseless {
+        /// What is wrong.
+        why: String,
+    },
 }
+
+/// Indexes, epochs and versions above this leave no room for those that follow; no run reaches it.
+const LAST_NUMBER: u64 = u64::MAX / 2;
 
 impl Metadata {
     /// The whole machine as bytes.
@@ -72,6 +85,7 @@ impl Metadata {
             other => return Err(BadSnapshot::Version { found: other.map(|(version, _)| *version) }),
         };
         let all: Everything = serde_json::from_slice(json)?;
+        check(&all).map_err(|why| BadSnapshot::Senseless { why })?;
         Ok(Self {
             cluster: all.cluster,
             applied: all.applied,
@@ -91,4 +105,82 @@ impl Metadata {
     pub fn hash(&self) -> [u8; 32] {
         *blake3::hash(&self.encode()).as_bytes()
     }
+}
+
+/// What the machine asserts, or relies on, while it applies commands. A snapshot comes from a peer or from the disk:
+/// one that breaks it is refused, before the first command trips over it.
+fn check(all: &Everything) -> Result<(), String> {
+    let limit = |what: &str, found: usize, most: usize| match found <= most {
+        true => Ok(()),
+        false => Err(format!("{found} {what}, at most {most} are allowed")),
+    };
+    if all.applied > LAST_NUMBER || all.revision > all.applied || all.forgotten > all.applied {
+        return Err(format!("revision {}, forgotten {} at entry {}", all.revision, all.forgotten, all.applied));
+    }
+    limit("volumes", all.volumes.len(), MAX_VOLUMES)?;
+    limit("gateways", all.gateways.len(), MAX_GATEWAYS)?;
+    limit("settings", all.settings.len(), MAX_SETTINGS)?;
+    limit("answers", all.answers.len(), MAX_ANSWERS)?;
+    once("member", all.members.iter().map(|member| member.id))?;
+    once("pool", all.pools.iter().map(|pool| (pool.node, &pool.name)))?;
+    once("gateway", all.gateways.iter().map(|gateway| &gateway.name))?;
+    once("setting", all.settings.iter().map(|(key, _)| key))?;
+    once("answer", all.answers.iter().map(|known| known.id))?;
+    once("volume", all.volumes.iter().map(|volume| volume.id))?;
+    let living = all.volumes.iter().filter(|volume| volume.state != VolumeState::Deleting);
+    once("volume's name", living.map(|volume| &volume.name))?;
+    for member in &all.members {
+        limit("pools of a node", all.pools.iter().filter(|pool| pool.node == member.id).count(), MAX_POOLS)?;
+    }
+    if !all.answers.is_sorted_by_key(|known| known.index) || all.answers.iter().any(|known| known.index > all.applied) {
+        return Err("answers are out of order".into());
+    }
+    all.volumes.iter().try_for_each(|volume| check_volume(volume).map_err(|why| format!("volume {}: {why}", volume.id)))
+}
+
+fn once<T: Ord>(what: &str, all: impl Iterator<Item = T>) -> Result<(), String> {
+    let mut seen = BTreeSet::new();
+    for one in all {
+        if !seen.insert(one) {
+            return Err(format!("a {what} is there twice"));
+        }
+    }
+    Ok(())
+}
+
+fn check_volume(volume: &VolumeInfo) -> Result<(), String> {
+    let spec = VolumeSpec {
+        name: volume.name.clone(),
+        size: volume.size,
+        replicas: volume.replicas,
+        stripes: u32::try_from(volume.mirrors.len()).unwrap_or(u32::MAX),
+        chunk_size: volume.chunk_size,
+        min_in_sync: volume.min_in_sync,
+        write_cache: volume.write_cache,
+        export: None,
+    };
+    check_spec(&spec).map_err(|refusal| refusal.to_string())?;
+    if volume.session.epoch.0 > LAST_NUMBER {
+        return Err(format!("epoch {}", volume.session.epoch));
+    }
+    for mirror in &volume.mirrors {
+        let set = &mirror.in_sync;
+        if mirror.size > MAX_MIRROR_SIZE || mirror.replicas.len() > MAX_REPLICAS || set.version.0 > LAST_NUMBER {
+            let replicas = mirror.replicas.len();
+            return Err(format!("{} bytes, {replicas} replicas, set version {}", mirror.size, set.version));
+        }
+        once("replica's node", mirror.replicas.iter().map(|replica| replica.node))?;
+        once("replica", mirror.replicas.iter().map(|replica| replica.id))?;
+        // A tombstone loses its replicas one by one, and keeps its last set.
+        let defined = |id: &ReplicaId| {
+            volume.state == VolumeState::Deleting || mirror.replicas.iter().any(|replica| replica.id == *id)
+        };
+        let members = set.members.iter().chain(&set.awaited);
+        let sorted = set.members.is_sorted_by(|a, b| a < b) && set.awaited.is_sorted_by(|a, b| a < b);
+        let apart = set.awaited.iter().all(|id| !set.members.contains(id));
+        if !sorted || !apart || set.members.is_empty() != (set.version.0 == 0) || !members.clone().all(defined) {
+            return Err(format!("in-sync set {set:?}"));
+        }
+    }
+    Ok(())
 }

@@ -235,6 +235,11 @@ impl RaftCore {
 
     /// A tick has passed.
     pub fn tick(&mut self, heard_lately: impl Fn(u64) -> bool) {
+        // To campaign raft-rs looks through the entries that are not applied, as it was told. Until a snapshot is
+        // durable those are entries from before it, which are gone, and raft-rs panics.
+        if self.installing.is_some() {
+            return;
+        }
         self.node.tick();
         self.prefer(heard_lately);
     }
@@ -292,7 +297,9 @@ impl RaftCore {
         // A follower would pass these on under their first sender's name, and panics where they carry a term: that
         // they reached one is a loss on the way, and they are asked again.
         let for_leader = matches!(message.get_msg_type(), MessageType::MsgPropose | MessageType::MsgReadIndex);
-        if for_leader && !self.leads() {
+        // For the same reason as in `tick` nobody campaigns now; whoever asked for it goes on without.
+        let too_early = self.installing.is_some() && message.get_msg_type() == MessageType::MsgTimeoutNow;
+        if too_early || for_leader && !self.leads() {
             return Ok(());
         }
         // What raft-rs refuses now (a proposal without a leader, say) is lost as if on the way.
@@ -341,7 +348,9 @@ impl RaftCore {
                 }
                 let mut before = (m.index, m.log_term);
                 for entry in m.entries.iter() {
-                    if entry.index != before.0 + 1 || entry.term < before.1 || entry.term > m.term {
+                    // No entry is of term 0, and raft-rs takes one behind the log's end for known.
+                    let in_order = entry.term >= before.1.max(1) && entry.term <= m.term;
+                    if entry.index != before.0 + 1 || !in_order {
                         return refuse(format!(
                             "entry {} of term {} after {} of term {}",
                             entry.index, entry.term, before.0, before.1
@@ -366,13 +375,20 @@ impl RaftCore {
             }
             MsgSnapshot => {
                 let metadata = m.get_snapshot().get_metadata();
-                let mut voters = metadata.get_conf_state().voters.clone();
+                let members = metadata.get_conf_state();
+                let mut voters = members.voters.clone();
                 voters.sort_unstable();
-                if metadata.index == 0 || metadata.term == 0 || metadata.term > m.term {
-                    return refuse(format!("snapshot of {} in term {}", metadata.index, metadata.term));
+                let (index, term) = (metadata.index, metadata.term);
+                if index == 0 || index > u64::MAX / 2 || term == 0 || term > m.term {
+                    return refuse(format!("snapshot of {index} in term {term}"));
                 }
-                if voters != self.config.voters {
-                    return refuse(format!("snapshot for voters {voters:?}"));
+                // raft-rs panics where these don't fit together.
+                let only_voters = members.learners.is_empty()
+                    && members.learners_next.is_empty()
+                    && members.voters_outgoing.is_empty()
+                    && !members.auto_leave;
+                if voters != self.config.voters || !only_voters {
+                    return refuse(format!("snapshot for members {members:?}"));
                 }
             }
             MsgRequestVote
@@ -649,7 +665,17 @@ mod tests {
         acknowledged.index = 99;
         let empty = message(MessageType::MsgPropose, 2, 0);
         let local = message(MessageType::MsgHup, 2, 2);
-        for bad in [stranger, own, elsewhere, ahead, acknowledged, empty, local] {
+        let mut learner = message(MessageType::MsgSnapshot, 2, 3);
+        let metadata = learner.mut_snapshot().mut_metadata();
+        (metadata.index, metadata.term) = (9, 2);
+        metadata.mut_conf_state().voters = vec![1, 2, 3];
+        let mut far = learner.clone();
+        metadata.mut_conf_state().learners = vec![3];
+        far.mut_snapshot().mut_metadata().index = u64::MAX;
+        let mut timeless = message(MessageType::MsgAppend, 2, 3);
+        timeless.commit = 1;
+        timeless.entries.push(Entry { index: 1, ..Entry::default() });
+        for bad in [stranger, own, elsewhere, ahead, acknowledged, empty, local, learner, far, timeless] {
             assert!(core.message(bad.clone()).is_err(), "{bad:?}");
         }
     }

@@ -17,7 +17,7 @@ pub mod history;
 mod invariants;
 mod net;
 mod node;
-mod rng;
+pub(crate) mod rng;
 mod run;
 mod script;
 mod work;
