@@ -25,6 +25,8 @@ pub enum Action {
     Attach { g: usize, slot: usize },
     /// The attach is given up: a time-out, or its connection is lost.
     GiveUp { g: usize, slot: usize },
+    /// A replica answers that a newer session has it (`WhatNext::Stop`).
+    Fenced { g: usize },
     /// The opening goes on without these, which it can't reach.
     DecideWithout { g: usize, missing: Mask },
     /// A replica takes a request from its connection.
@@ -57,6 +59,8 @@ pub mod names {
     pub const MEMBERS: &str = "R2: every member holds every acknowledged write";
     pub const READS: &str = "R3: no read goes back in time";
     pub const DIRTY: &str = "R6: where replicas may differ, one of them is dirty";
+    pub const LAST: &str = "R9: what the last member acknowledged is on its disk";
+    pub const HELD: &str = "R8: nothing is given up while a member holds it";
     pub const CLOSED: &str = "R6: after a clean close all are equal and none is dirty";
     pub const METADATA: &str = "R8: no replica knows more than raft";
     pub const VERSIONS: &str = "R2: set versions rise";
@@ -104,9 +108,9 @@ fn initial(cfg: &Config) -> State {
         told: !stale(slot),
         kept: false,
         suspect: false,
-        change: (first == 1 && !stale(slot)).then_some(0),
-        begun: 1,
-        completed: 1,
+        change: (first == 1 && !stale(slot) && cfg.cleans()).then_some(0),
+        begun: u8::from(cfg.cleans()),
+        completed: u8::from(cfg.cleans()),
         cut: stale(slot),
         imaged: false,
     });
@@ -128,8 +132,8 @@ fn initial(cfg: &Config) -> State {
             },
         }),
         flush_next: 2,
-        tracked: first == 1,
-        covered: 1,
+        tracked: first == 1 && cfg.cleans(),
+        covered: u8::from(first == 1 && cfg.cleans()),
         ..Gateway::OFF
     };
     let Bounds {
@@ -138,8 +142,10 @@ fn initial(cfg: &Config) -> State {
         flushes,
         cleans,
         cuts,
+        blackouts,
         kills,
         losses,
+        unreached,
         deaths,
         opens,
         closes,
@@ -159,8 +165,10 @@ fn initial(cfg: &Config) -> State {
             flushes,
             cleans,
             cuts,
+            blackouts,
             kills,
             losses,
+            unreached,
             deaths,
             opens,
             closes,
@@ -169,6 +177,7 @@ fn initial(cfg: &Config) -> State {
         },
         image: None,
         breach: None,
+        cleans: cfg.cleans(),
     }
 }
 
@@ -182,6 +191,7 @@ impl State {
     /// Lets gateway `g` do something, and then everything that follows at once.
     fn with<T>(&mut self, cfg: &Config, g: usize, f: impl FnOnce(&mut Cx<'_>) -> T) -> T {
         let old_lease_over = self.g.iter().enumerate().all(|(i, other)| i == g || !other.lease);
+        let untouched = (0..N).filter(|slot| self.r[*slot].told).map(bit).sum();
         let mut cx = Cx {
             cfg,
             g: &mut self.g[g],
@@ -189,6 +199,7 @@ impl State {
             proposals: &mut self.proposals,
             promise: &mut self.promise,
             kept: 0,
+            untouched,
             breach: &mut self.breach,
             old_lease_over,
         };
@@ -201,6 +212,19 @@ impl State {
             (self.r[slot].cut, self.r[slot].imaged) = (false, false);
         }
         result
+    }
+
+    /// Whether this attach has been asked for and not been taken.
+    fn is_asked(&self, slot: usize, id: AttachId) -> bool {
+        self.wire.all().iter().any(|m| (m.slot as usize, m.attach, m.what) == (slot, id, What::Attach))
+    }
+
+    /// Whether the replica, or its process, has ended this attach by itself, so that its owner must find out. Where a
+    /// newer session has, it is told so, and stops; that it loses the connection instead is a partition.
+    fn has_ended(&self, slot: usize, id: AttachId) -> bool {
+        let r = &self.r[slot];
+        let coming = self.is_asked(slot, id) && r.newest <= id;
+        r.current != id && !coming && r.newest.epoch() <= id.epoch()
     }
 
     /// The gateway whose session this is, if it still runs.
@@ -320,7 +344,7 @@ impl State {
         let owner = proposal.epoch == self.raft.epoch && self.raft.open;
         proposal.decision = if !owner && cfg.mutant != Some(Mutant::StaleSession) {
             Decision::Superseded
-        } else if proposal.expected != self.raft.version && cfg.mutant != Some(Mutant::StaleSetVersion) {
+        } else if proposal.expected != self.raft.version {
             Decision::Refused
         } else {
             self.raft.version = proposal.expected.max(self.raft.version) + 1;
@@ -365,7 +389,9 @@ impl Config {
         let gw = &s.g[g];
         match gw.phase {
             Phase::Off | Phase::Closed | Phase::Stopped => {
-                if s.left.opens > 0 {
+                // Where sessions die at all, the next one begins when the last has ended.
+                let alone = s.g.iter().all(|g| matches!(g.phase, Phase::Off | Phase::Closed | Phase::Stopped));
+                if s.left.opens > 0 && (alone || self.bounds.deaths == 0) {
                     out.push(Action::Open { g });
                 }
                 if gw.phase == Phase::Stopped && gw.lease {
@@ -375,7 +401,8 @@ impl Config {
             }
             Phase::Opening | Phase::Serving | Phase::Closing => {}
         }
-        if gw.phase != Phase::Closing {
+        // What is asked for before waits: it might as well be asked for later.
+        if gw.phase == Phase::Serving {
             if gw.op.is_none() && s.left.writes > 0 {
                 out.push(Action::Write { g });
             }
@@ -404,25 +431,27 @@ impl Config {
         let (readable, bases, without) = probe.with_quietly(self, g);
         out.extend(slots(readable).map(|slot| Action::ReadFrom { g, slot }));
         out.extend(bases.into_iter().map(|slot| Action::Base { g, slot }));
-        if without != 0 && without.count_ones() as u8 <= s.left.losses {
+        if without != 0 && without.count_ones() as u8 <= s.left.unreached {
             let unfenced = gw.members & without != 0;
             let over = s.g.iter().enumerate().all(|(i, other)| i == g || !other.lease);
             if !unfenced || over || self.mutant == Some(Mutant::TakeOverUnderOldLease) {
                 out.push(Action::DecideWithout { g, missing: without });
             }
         }
+        if s.r.iter().any(|r| r.newest.epoch() > gw.epoch) {
+            out.push(Action::Fenced { g });
+        }
         for (slot, known) in gw.slots.iter().enumerate() {
             if known.attach == 0 {
-                if gw.phase != Phase::Closing {
+                // One that a newer session has would only refuse it.
+                if gw.phase != Phase::Closing && s.r[slot].newest.epoch() <= gw.epoch {
                     out.push(Action::Attach { g, slot });
                 }
                 continue;
             }
             let id = AttachId(known.attach);
             // What a replica has ended is found out sooner or later; anything else is a partition.
-            let asked = s.wire.all().iter().any(|m| m.attach == id && m.what == What::Attach);
-            let ended = s.r[slot].current != id && !(asked && s.r[slot].newest <= id);
-            if ended || s.left.losses > 0 {
+            if s.has_ended(slot, id) || s.left.losses > 0 {
                 out.push(Action::GiveUp { g, slot });
             }
         }
@@ -430,7 +459,8 @@ impl Config {
 
     fn replica_actions(&self, s: &State, slot: usize, out: &mut Vec<Action>) {
         let r = &s.r[slot];
-        if s.left.cuts > 0 {
+        let dark = s.left.blackouts > 0 && s.g.iter().all(|g| matches!(g.phase, Phase::Off | Phase::Closed));
+        if s.left.cuts > 0 || dark {
             let values = r.after_cut(&s.wire, slot);
             let cleaning = r.clean != r.clean_disk || r.dirty != r.dirty_disk;
             for value in (0..16).filter(|v| values >> v & 1 == 1) {
@@ -455,7 +485,7 @@ impl Config {
             None if s.left.images > 0 && r.maybe == 1 << r.value && r.dirty == r.dirty_disk => {
                 out.push(Action::TakeImage { slot });
             }
-            Some(image) if image.slot as usize == slot => out.push(Action::RestoreImage { slot }),
+            Some(image) if image.slot as usize == slot && r.clean_disk >= image.clean + self.image_cleans => out.push(Action::RestoreImage { slot }),
             _ => {}
         }
     }
@@ -491,23 +521,14 @@ impl Config {
             Action::Attach { g, slot } => s.with(self, g, |cx| cx.attach(slot)),
             Action::GiveUp { g, slot } => {
                 let id = AttachId(s.g[g].slots[slot].attach);
-                let asked = s.wire.all().iter().any(|m| m.attach == id && m.what == What::Attach);
-                if s.r[slot].newest.epoch() > id.epoch() {
-                    // It answers that a newer session has it: the owner stops (`WhatNext::Stop`), or loses the
-                    // connection before it hears of that.
-                    let heard = s.left.losses == 0;
-                    if heard {
-                        s.with(self, g, |cx| cx.stop());
-                        return Some(());
-                    }
-                }
-                if s.r[slot].current == id || asked && s.r[slot].newest <= id {
+                if !s.has_ended(slot, id) {
                     spend(&mut s.left.losses)?;
                 }
                 s.with(self, g, |cx| cx.g.lost |= bit(slot));
             }
+            Action::Fenced { g } => s.with(self, g, |cx| cx.stop()),
             Action::DecideWithout { g, missing } => {
-                s.left.losses = s.left.losses.checked_sub(missing.count_ones() as u8)?;
+                s.left.unreached = s.left.unreached.checked_sub(missing.count_ones() as u8)?;
                 s.with(self, g, |cx| cx.decide(missing));
             }
             Action::Take(msg) => s.take(self, msg),
@@ -534,7 +555,11 @@ impl Config {
                 s.with(self, g, |cx| cx.decided(&proposal, &raft));
             }
             Action::PowerCut { slot, value, dirty, clean } => {
-                spend(&mut s.left.cuts)?;
+                if s.left.cuts > 0 {
+                    spend(&mut s.left.cuts)?;
+                } else {
+                    spend(&mut s.left.blackouts)?;
+                }
                 s.r[slot].cut(value, dirty, clean);
                 s.forget_process(slot);
             }
@@ -592,6 +617,7 @@ impl State {
             proposals: &mut self.proposals,
             promise: &mut self.promise,
             kept: 0,
+            untouched: 0,
             breach: &mut self.breach,
             old_lease_over: true,
         };
@@ -688,6 +714,15 @@ fn always() -> Vec<Property<Config>> {
                 .map(|slot| &s.r[slot])
                 .all(|r| r.cut || r.imaged || r.value >= s.promise.acked)
         }),
+        Property::always(names::LAST, |_, s: &State| {
+            let alone = s.raft.members.count_ones() == 1;
+            let safe = |slot: usize| {
+                let r = &s.r[slot];
+                r.cut || r.imaged || r.after_cut(&s.wire, slot).trailing_zeros() >= u32::from(s.promise.acked)
+            };
+            !alone || slots(s.raft.members).all(safe)
+        }),
+        Property::always(names::HELD, |_, s: &State| s.breach != Some(Breach::GivenUpThoughHeld)),
         Property::always(names::DIRTY, |_, s: &State| {
             (0..N).all(|a| {
                 (0..a).all(|b| {
@@ -707,14 +742,12 @@ fn always() -> Vec<Property<Config>> {
 }
 
 fn sometimes() -> Vec<Property<Config>> {
-    let serving = |s: &State| s.g.iter().any(|g| g.phase == Phase::Serving);
-    let _ = serving;
     vec![
-        Property::sometimes(names::ACKED, |_, s: &State| s.promise.acked > 1),
+        Property::sometimes(names::ACKED, |_, s: &State| s.promise.acked > 0),
         Property::sometimes(names::SHRUNK, |_, s: &State| s.raft.members != ALL && s.raft.version > 1),
         Property::sometimes(names::JOINED, |_, s: &State| s.raft.members == ALL && s.raft.version > 1),
         Property::sometimes(names::ALONE, |_, s: &State| {
-            s.raft.members.count_ones() == 1 && s.promise.acked > 1 && s.promise.acked == s.promise.submitted
+            s.raft.members.count_ones() == 1 && s.promise.acked > 0 && s.promise.acked == s.promise.submitted
         }),
         Property::sometimes(names::DOUBT, |c, s: &State| {
             s.left.lost_answers < c.bounds.lost_answers

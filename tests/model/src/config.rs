@@ -1,7 +1,9 @@
 //! What is checked: bounds, and planted errors.
 
+use crate::check::names;
+
 /// How often each thing may happen in a run.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bounds {
     pub writes: u8,
     pub reads: u8,
@@ -10,10 +12,14 @@ pub struct Bounds {
     pub cleans: u8,
     /// Power cuts: a replica restarts, and has lost what it had not flushed, in part.
     pub cuts: u8,
+    /// Power cuts while no gateway runs.
+    pub blackouts: u8,
     /// Killed replicas: they restart, and have lost nothing.
     pub kills: u8,
-    /// Attaches given up though the replica runs, and members that an opening could not reach: partitions.
+    /// Attaches given up though the replica runs: a partition, or a time-out.
     pub losses: u8,
+    /// Members that an opening can't reach.
+    pub unreached: u8,
     pub deaths: u8,
     /// Sessions opened after the first.
     pub opens: u8,
@@ -40,9 +46,18 @@ pub struct Config {
     pub flush_at_once: bool,
     /// The gateway keeps what no flush has covered, and writes it again (R9).
     pub replay: bool,
+    /// How many cleans an image must have missed before it is brought back.
+    pub image_cleans: u8,
     /// Sometimes-properties that this configuration must reach.
     pub reaches: &'static [&'static str],
     pub mutant: Option<Mutant>,
+}
+
+impl Config {
+    /// Whether anything is ever cleaned. If not, nobody keeps the books for it.
+    pub fn cleans(&self) -> bool {
+        self.bounds.cleans > 0 || self.bounds.closes > 0
+    }
 }
 
 macro_rules! mutants {
@@ -72,8 +87,8 @@ mutants! {
     BelieveOldAnswers,
     /// R2: a write that missed a member is acknowledged before raft has removed it.
     AckBeforeCommit,
-    /// R2: raft commits a set that was proposed against an older version.
-    StaleSetVersion,
+    /// R2: a session goes on with the set it knew, though raft says that another is committed.
+    StaleSet,
     /// R2: raft commits a set of a session that another has superseded.
     StaleSession,
     /// R2: the survivors of a loss are not flushed before the set shrinks.
@@ -134,8 +149,10 @@ const NONE: Bounds = Bounds {
     flushes: 0,
     cleans: 0,
     cuts: 0,
+    blackouts: 0,
     kills: 0,
     losses: 0,
+    unreached: 0,
     deaths: 0,
     opens: 0,
     closes: 0,
@@ -152,6 +169,7 @@ const BASE: Config = Config {
     store_at_once: true,
     flush_at_once: true,
     replay: false,
+    image_cleans: 0,
     reaches: &[],
     mutant: None,
 };
@@ -160,13 +178,117 @@ const BASE: Config = Config {
 pub const CONFIGS: &[Config] = &[
     Config {
         name: "A",
-        about: "one gateway: writes, a loss or a power cut, the way back",
-        bounds: Bounds { writes: 2, flushes: 1, cuts: 1, ..NONE },
+        about: "one gateway: a write, an initiator's flush and two power cuts, down to the last member and back",
+        bounds: Bounds { writes: 1, flushes: 1, cuts: 2, lost_answers: 1, ..NONE },
+        reaches: &[names::ACKED, names::SHRUNK, names::JOINED, names::ALONE, names::DOUBT],
+        ..BASE
+    },
+    Config {
+        name: "A2",
+        about: "one gateway: two writes, a power cut, a partition, a commit whose answer is lost",
+        bounds: Bounds { writes: 2, cuts: 1, losses: 1, ..NONE },
+        reaches: &[names::COPIED, names::SHRUNK, names::JOINED],
+        ..BASE
+    },
+    Config {
+        name: "A3",
+        about: "one gateway: a replica that missed a write comes back between writes, reads and a partition",
+        bounds: Bounds { writes: 1, reads: 1, losses: 1, lost_answers: 1, ..NONE },
+        members: 0b011,
+        late: true,
+        reaches: &[names::READ_BACK, names::COPIED, names::JOINED],
+        ..BASE
+    },
+    Config {
+        name: "A4",
+        about: "one gateway: a replica that missed a write comes back while two more are made",
+        bounds: Bounds { writes: 2, cuts: 1, ..NONE },
+        members: 0b011,
+        reaches: &[names::COPIED, names::JOINED],
+        ..BASE
+    },
+    Config {
+        name: "B",
+        about: "a second gateway opens while the first one lives, with late answers: leases and fences",
+        bounds: Bounds { writes: 2, reads: 1, opens: 1, ..NONE },
+        late: true,
+        reaches: &[names::TAKEN_OVER, names::FENCED, names::READ_BACK],
+        ..BASE
+    },
+    Config {
+        name: "B4",
+        about: "a second gateway opens while the first one lives, and can't reach a member that the first one can",
+        bounds: Bounds { writes: 1, reads: 1, opens: 1, unreached: 1, ..NONE },
+        late: true,
+        reaches: &[names::TAKEN_OVER, names::FENCED, names::SHRUNK, names::READ_BACK],
+        ..BASE
+    },
+    Config {
+        name: "B5",
+        about: "a second gateway opens while the first one adds a replica",
+        bounds: Bounds { writes: 1, opens: 1, ..NONE },
+        members: 0b011,
+        reaches: &[names::TAKEN_OVER, names::JOINED],
+        ..BASE
+    },
+    Config {
+        name: "B2",
+        about: "the gateway dies, then replicas lose power: who is kept, what waits, what may be lost",
+        bounds: Bounds { writes: 1, flushes: 1, deaths: 1, opens: 1, blackouts: 3, ..NONE },
+        reaches: &[names::TAKEN_OVER, names::RESTARTED, names::SOME_KEPT, names::JOINED],
+        ..BASE
+    },
+    Config {
+        name: "B3",
+        about: "the same with members that can't be reached",
+        bounds: Bounds { writes: 1, flushes: 1, deaths: 1, opens: 1, blackouts: 2, unreached: 2, ..NONE },
+        reaches: &[names::BLOCKED, names::RELEASED, names::RESTARTED],
+        ..BASE
+    },
+    Config {
+        name: "C",
+        about: "dirty bits: cleans that race with writes, a power cut, a clean close",
+        bounds: Bounds { writes: 2, cleans: 1, cuts: 1, closes: 1, ..NONE },
+        flush_at_once: false,
+        reaches: &[names::CLEANED, names::CLEAN_CLOSE],
+        ..BASE
+    },
+    Config {
+        name: "C2",
+        about: "a replica comes back with an older image of its disk, to the session that cleaned after it was taken",
+        bounds: Bounds { writes: 1, cleans: 1, images: 1, ..NONE },
+        image_cleans: 1,
+        reaches: &[names::OLD_IMAGE, names::CLEANED],
+        ..BASE
+    },
+    Config {
+        name: "C3",
+        about: "an older image, two cleans old, comes back to the next session",
+        bounds: Bounds { writes: 2, cleans: 2, images: 1, deaths: 1, opens: 1, ..NONE },
+        image_cleans: 2,
+        reaches: &[names::OLD_IMAGE, names::CLEANED],
+        ..BASE
+    },
+    Config {
+        name: "E",
+        about: "replicas are killed, which loses nothing, or lose power, and the gateway dies",
+        bounds: Bounds { writes: 1, flushes: 1, deaths: 1, opens: 1, kills: 2, blackouts: 1, ..NONE },
+        reaches: &[names::TAKEN_OVER, names::SOME_KEPT],
         ..BASE
     },
 ];
 
+/// What the protocol is known not to survive: the checker finds it, and a test says so.
+pub const LIMITS: &[Config] = &[Config {
+    name: "L1",
+    about: "an older image, one clean old, comes back to the next session: nothing tells it from a member that \
+            missed that clean",
+    bounds: Bounds { writes: 1, cleans: 1, images: 1, deaths: 1, opens: 1, ..NONE },
+    image_cleans: 1,
+    ..BASE
+}];
+
 /// The configuration of that name.
 pub fn config(name: &str) -> Option<Config> {
-    CONFIGS.iter().find(|c| c.name.eq_ignore_ascii_case(name)).copied()
+    CONFIGS.iter().chain(LIMITS).find(|c| c.name.eq_ignore_ascii_case(name)).copied()
 }

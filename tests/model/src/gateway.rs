@@ -12,6 +12,8 @@ pub struct Cx<'a> {
     pub promise: &'a mut Promise,
     /// Members that a take-over has just decided to keep, and replicas about to be proposed.
     pub kept: Mask,
+    /// Members that have not restarted. For the checker.
+    pub untouched: Mask,
     pub breach: &'a mut Option<Breach>,
     /// The leader would say that no older lease lives (R3).
     pub old_lease_over: bool,
@@ -117,8 +119,10 @@ impl Cx<'_> {
         }
         // Answers under this attach are believed no more; requests may still be carried out.
         if !self.is(Mutant::BelieveOldAnswers) {
-            self.wire.retain(|m| m.attach != attach || !matches!(m.stage, Stage::Answered(_)));
+            self.wire.retain(|m| m.attach != attach || m.slot as usize != slot || !matches!(m.stage, Stage::Answered(_)));
         }
+        // A flush that nobody waits for can only help.
+        self.wire.retain(|m| m.attach != attach || m.slot as usize != slot || !matches!(m.what, What::Flush(_)) || m.stage == Stage::Begun);
         self.g.flush_pending &= !bit(slot);
         // `equalise_lost`: the destination of a copy whose source is lost goes too.
         if let Some(eq) = &mut self.g.eq {
@@ -252,6 +256,10 @@ impl Cx<'_> {
         match proposal.decision {
             Decision::Asked => unreachable!("not an answer"),
             Decision::Superseded => self.stop(),
+            Decision::Refused if self.is(Mutant::StaleSet) => {
+                self.g.version = current.version;
+                self.g.change = Change::None;
+            }
             Decision::Refused => {
                 self.g.version = current.version;
                 self.g.members = current.members;
@@ -288,7 +296,8 @@ impl Cx<'_> {
         for slot in 0..N {
             let member = self.g.members & bit(slot) != 0;
             if member && self.g.slots[slot].join() == Some(JoinStage::Proposing) {
-                self.g.slots[slot].role = Role::Member;
+                let s = &mut self.g.slots[slot];
+                (s.role, s.as_new, s.restarted) = (Role::Member, false, false);
             }
             if !member && self.g.slots[slot].role == Role::Member {
                 self.g.lost |= bit(slot);
@@ -346,7 +355,7 @@ impl Cx<'_> {
         (self.g.settle, self.g.settle_ended, self.g.released) = (Settle::Done, false, false);
         (self.g.left_behind, self.g.extra_bases, self.g.awaited_before) = (0, 0, false);
         self.g.writing = 0;
-        self.g.covered = self.g.flush_next;
+        self.g.covered = if self.g.tracked { self.g.flush_next } else { 0 };
         self.g.replaying = false;
         if let Some(op) = &mut self.g.op {
             if op.answered {
@@ -418,7 +427,7 @@ impl Cx<'_> {
         let clean = slots(keep).map(|s| self.g.slots[s].info_clean).max().expect("somebody is kept");
         self.g.clean = self.g.clean.max(clean);
         let dirty = slots(keep).any(|s| self.g.slots[s].listed.expect("listed").0);
-        if dirty && !self.g.tracked {
+        if dirty && !self.g.tracked && self.cfg.cleans() {
             (self.g.tracked, self.g.writing, self.g.covered) = (true, 0, self.g.flush_next);
         }
         self.g.settle = match (blocked, dirty) {
@@ -439,12 +448,14 @@ impl Cx<'_> {
                 let s = &mut self.g.slots[slot];
                 s.role = Role::Member;
                 s.suspect = s.listed.expect("listed").1;
-                self.kept |= bit(slot);
             } else {
                 self.start_join(slot);
             }
         }
         if restarted {
+            if !blocked && self.untouched & self.g.members != 0 && self.promise.acked > self.promise.flushed {
+                *self.breach = Some(Breach::GivenUpThoughHeld);
+            }
             self.every_cache_was_lost();
         } else {
             self.g.kept = self.g.kept.filter(|_| self.cfg.replay);
@@ -457,7 +468,9 @@ impl Cx<'_> {
                 && slot.info_version == g.version
                 && slot.info_clean == g.clean
         };
-        if keep == g.members && !slots(keep).all(current) {
+        let store = keep == g.members && !slots(keep).all(current);
+        slots(keep).for_each(|s| self.g.slots[s].forget_info());
+        if store {
             self.store_set(keep);
         }
     }
@@ -531,6 +544,7 @@ impl Cx<'_> {
         if self.is_settled() && !self.g.settle_ended {
             self.g.settle_ended = true;
             self.g.extra_bases = 0;
+            self.kept |= self.live_members();
             for slot in slots(self.live_members()) {
                 self.settle_suspects(slot);
                 self.g.slots[slot].restarted = false;
@@ -642,6 +656,7 @@ impl Cx<'_> {
         let clean = self.g.clean;
         let s = &mut self.g.slots[slot];
         s.as_new |= s.info_clean + 1 < clean;
+        s.forget_info();
         s.listed = None;
         s.suspect = false;
         let marking = s.as_new && self.cfg.mutant != Some(Mutant::KeepOldImage);
@@ -725,7 +740,7 @@ impl Cx<'_> {
             return;
         }
         let dirty = slots(everyone).any(|s| self.g.slots[s].listed.expect("listed").0);
-        if dirty && !self.g.tracked {
+        if dirty && !self.g.tracked && self.cfg.cleans() {
             (self.g.tracked, self.g.writing, self.g.covered) = (true, 0, self.g.flush_next);
         }
         for s in slots(everyone) {
@@ -747,7 +762,8 @@ impl Cx<'_> {
         if !matches!(self.g.phase, Phase::Serving | Phase::Closing) {
             return;
         }
-        if self.g.eq.is_none() {
+        // With nobody there it fails, and is tried again later.
+        if self.g.eq.is_none() && self.live() != 0 {
             let joins = self.slots_where(|s| s.join() == Some(JoinStage::Equalising { todo: true })) != 0;
             let demanded = self.g.settle == Settle::Unsettled && (self.g.phase == Phase::Serving || self.g.op.is_some());
             if demanded || (joins && self.g.phase == Phase::Serving) {
@@ -767,7 +783,7 @@ impl Cx<'_> {
                     self.send(slot, What::Hash);
                 }
                 let stage = EqStage::Hashing { pending: participants };
-                self.g.eq = Some(Equalise { stage, participants, failed: participants == 0, ..eq });
+                self.g.eq = Some(Equalise { stage, participants, ..eq });
             }
             EqStage::Hashing { pending: 0 } | EqStage::Planning => {
                 if eq.failed {
@@ -791,6 +807,9 @@ impl Cx<'_> {
 
     /// Something that changes the region is about to be sent (`DirtyTracker::writing`).
     fn changing(&mut self) {
+        if !self.cfg.cleans() {
+            return;
+        }
         if !self.g.tracked {
             (self.g.tracked, self.g.writing) = (true, 0);
         }
@@ -800,6 +819,9 @@ impl Cx<'_> {
 
     /// It has ended (`DirtyTracker::written`).
     fn changed(&mut self) {
+        if !self.cfg.cleans() {
+            return;
+        }
         self.g.writing = self.g.writing.saturating_sub(1);
         if self.g.writing == 0 {
             self.g.covered = self.g.flush_next;
@@ -819,7 +841,7 @@ impl Cx<'_> {
                 let slot = &self.g.slots[s];
                 let dirty = slot.listed.is_none_or(|l| l.0);
                 let rank = match (slot.suspect, slot.restarted) {
-                    _ if self.is(Mutant::AnyBase) => 0,
+                    _ if self.is(Mutant::AnyBase) || self.is(Mutant::KeepRestarted) => 0,
                     _ if slot.info_kept => 0,
                     (false, false) => 0,
                     _ if dirty => 1,

@@ -1,7 +1,10 @@
 //! model
+pub mod check;
 pub mod config;
 mod gateway;
-pub mod check;
 mod replica;
+pub mod run;
 pub mod state;
-pub use config::*;
+
+pub use config::{CONFIGS, Config, Mutant, config};
+pub use run::{Outcome, Trace, run};

@@ -82,7 +82,7 @@ impl Replica {
                 if self.flushing.is_some() {
                     return Taken::Waits;
                 }
-                self.begun = self.begun.max(no);
+                self.begun = if cfg.cleans() { self.begun.max(no) } else { 0 };
                 (self.flushing, self.since) = (Some(self.value), 0);
                 Taken::Begun
             }
@@ -107,7 +107,7 @@ impl Replica {
                 Taken::Begun
             }
             What::Settle { flush } => {
-                if flush <= self.completed {
+                if flush <= self.completed || !cfg.cleans() {
                     self.suspect = false;
                     self.whole = true;
                 }
@@ -160,7 +160,7 @@ impl Replica {
                 let flushed = self.flushing.take().expect("it runs");
                 self.maybe = 1 << flushed | self.since;
                 self.since = 0;
-                if own {
+                if own && cfg.cleans() {
                     self.completed = self.completed.max(no);
                 }
             }
@@ -174,7 +174,7 @@ impl Replica {
 
     fn changed(&mut self, cfg: &Config, value: u8, fua: bool, own: bool) {
         self.land(value, fua);
-        if own {
+        if own && cfg.cleans() {
             self.change = Some(self.begun);
         }
         if cfg.mutant == Some(Mutant::DirtyAfterData) {

@@ -271,6 +271,11 @@ impl Slot {
         attaches: 0,
         attached_before: false,
     };
+    /// What it said of itself has been judged.
+    pub fn forget_info(&mut self) {
+        (self.info_suspect, self.info_told) = (false, false);
+        (self.info_clean, self.info_epoch, self.info_version) = (0, 0, 0);
+    }
     pub fn join(&self) -> Option<JoinStage> {
         match self.role {
             Role::Joining(stage) => Some(stage),
@@ -502,8 +507,10 @@ pub struct Left {
     pub flushes: u8,
     pub cleans: u8,
     pub cuts: u8,
+    pub blackouts: u8,
     pub kills: u8,
     pub losses: u8,
+    pub unreached: u8,
     pub deaths: u8,
     pub opens: u8,
     pub closes: u8,
@@ -520,6 +527,8 @@ pub enum Breach {
     MetadataIsOld,
     /// A set was committed that is no newer.
     VersionFell,
+    /// Initiators were told that every cache was lost, while a member held its own.
+    GivenUpThoughHeld,
     /// A session closed as clean with a dirty bit, or with replicas that differ.
     UncleanClose,
 }
@@ -535,6 +544,8 @@ pub struct State {
     pub left: Left,
     pub image: Option<Image>,
     pub breach: Option<Breach>,
+    /// Whether anything is ever cleaned: see `Config::cleans`.
+    pub cleans: bool,
 }
 
 // ---- hashing --------------------------------------------------------------------------------------------------
@@ -650,16 +661,56 @@ impl Replica {
     }
 }
 
+/// The numbers of a gateway's flushes, as far as they make a difference: which flushes are waited for, a bit each.
+/// Two states are the same if every flush is before and after the same ones of these.
+#[derive(Clone, Copy)]
+struct Ranks(Option<u64>);
+
+impl Ranks {
+    /// Where replicas keep numbers, for cleans, they are taken as they are.
+    fn new(g: &Gateway, cleans: bool) -> Self {
+        if cleans {
+            return Self(None);
+        }
+        let change = match g.change {
+            Change::Flushing { no, .. } => no,
+            _ => 0,
+        };
+        let settle = match g.settle {
+            Settle::Flushing(no) => no,
+            _ => 0,
+        };
+        let op = g.op.and_then(|op| op.durable_by).unwrap_or(0);
+        let flush = g.flush_op.map_or(0, |flush| flush.no);
+        let joins = g.slots.iter().map(|s| match s.join() {
+            Some(JoinStage::Flushing(no)) => no,
+            _ => 0,
+        });
+        let waited = [change, settle, op, flush, g.closing_flush].into_iter().chain(joins);
+        Self(Some(waited.filter(|no| *no > 0).fold(0, |mask, no| mask | 1 << no)))
+    }
+    fn rank(self, no: u8) -> u8 {
+        match self.0 {
+            None => no,
+            Some(waited) => (waited & ((2 << no) - 1)).count_ones() as u8,
+        }
+    }
+}
+
 impl Slot {
-    fn digest(&self) -> u64 {
+    fn digest(&self, ranks: Ranks) -> u64 {
         let mut h = Mix::new();
-        self.hash(&mut h);
+        let role = match self.role {
+            Role::Joining(JoinStage::Flushing(no)) => Role::Joining(JoinStage::Flushing(ranks.rank(no))),
+            role => role,
+        };
+        Self { flushed: ranks.rank(self.flushed), role, ..*self }.hash(&mut h);
         h.end()
     }
 }
 
 impl Gateway {
-    fn digest(&self, slots: &[u64; N], p: &Perm) -> u64 {
+    fn digest(&self, slots: &[u64; N], ranks: Ranks, p: &Perm) -> u64 {
         let mut h = Mix::new();
         let m = |mask: Mask| p.mask[mask as usize];
         if self.phase == Phase::Off || self.phase == Phase::Stopped || self.phase == Phase::Closed {
@@ -673,13 +724,16 @@ impl Gateway {
         let f = flags(&[self.lease, self.flush_wanted, self.tracked, self.clean_due, self.settle_ended, self.released]);
         let f2 = flags(&[self.awaited_before, self.replaying, self.power_on]);
         h.bytes([f, f2, self.epoch, self.phase as u8, self.version, m(self.members), m(self.awaited), self.clean]);
-        h.bytes([m(self.lost), self.flush_next, m(self.flush_pending), self.writing, self.covered]);
-        h.bytes([m(self.left_behind), m(self.extra_bases), self.closing_flush, opt(self.kept)]);
-        self.settle.hash(&mut h);
-        self.flush_op.hash(&mut h);
+        h.bytes([m(self.lost), ranks.rank(self.flush_next - 1), ranks.rank(self.flush_next), m(self.flush_pending), self.writing, self.covered]);
+        h.bytes([m(self.left_behind), m(self.extra_bases), ranks.rank(self.closing_flush), opt(self.kept)]);
+        match self.settle {
+            Settle::Flushing(no) => Settle::Flushing(ranks.rank(no)).hash(&mut h),
+            settle => settle.hash(&mut h),
+        }
+        self.flush_op.map(|flush| FlushOp { no: ranks.rank(flush.no), ..flush }).hash(&mut h);
         match self.change {
             Change::None => h.byte(0),
-            Change::Flushing { members, no } => h.bytes([1, m(members), no]),
+            Change::Flushing { members, no } => h.bytes([1, m(members), ranks.rank(no)]),
             Change::Proposed { members, awaited } => h.bytes([2, m(members), m(awaited)]),
             Change::Storing { pending } => h.bytes([3, m(pending)]),
         }
@@ -697,7 +751,8 @@ impl Gateway {
                     OpStage::Stranded => 3,
                     OpStage::Reading(slot) => 4 + p.to[slot as usize],
                 };
-                h.bytes([1, opt(op.value), op.floor, stage, m(op.sent), m(op.pending), m(op.done), opt(op.durable_by)]);
+                h.bytes([1, opt(op.value), op.floor, stage, m(op.sent), m(op.pending), m(op.done)]);
+                h.byte(opt(op.durable_by.map(|no| ranks.rank(no))));
                 h.byte(flags(&[op.fua, op.answered, op.leased]));
             }
         }
@@ -721,10 +776,11 @@ impl Gateway {
 }
 
 impl Msg {
-    fn digest(&self, p: &Perm) -> u64 {
+    fn digest(&self, ranks: Ranks, p: &Perm) -> u64 {
         let mut h = Mix::new();
         h.bytes([p.to[self.slot as usize], self.attach.0]);
         let what = match self.what {
+            What::Flush(no) => What::Flush(ranks.rank(no)),
             What::CopyTo { target, target_attach } => What::CopyTo { target: p.to[target as usize], target_attach },
             What::Copy { value, source, source_attach } => {
                 What::Copy { value, source: p.to[source as usize], source_attach }
@@ -738,16 +794,18 @@ impl Msg {
 }
 
 impl State {
-    fn digest(&self, replicas: &[u64; N], slots: &[[u64; N]; G], p: &Perm) -> u64 {
+    fn digest(&self, replicas: &[u64; N], slots: &[[u64; N]; G], ranks: &[Ranks; G], p: &Perm) -> u64 {
         let mut h = Mix::new();
         let m = |mask: Mask| p.mask[mask as usize];
         for from in p.from {
             h.word(replicas[from as usize]);
         }
-        for (g, slots) in self.g.iter().zip(slots) {
-            h.word(g.digest(slots, p));
+        for (i, g) in self.g.iter().enumerate() {
+            h.word(g.digest(&slots[i], ranks[i], p));
         }
-        h.word(self.wire.all().iter().fold(0, |sum: u64, msg| sum.wrapping_add(msg.digest(p))));
+        let of = |msg: &Msg| self.g.iter().position(|g| g.epoch == msg.attach.epoch()).unwrap_or(0);
+        let msgs = self.wire.all().iter();
+        h.word(msgs.fold(0, |sum: u64, msg| sum.wrapping_add(msg.digest(ranks[of(msg)], p))));
         let raft = &self.raft;
         h.bytes([raft.version, m(raft.members), m(raft.awaited), raft.epoch, u8::from(raft.open)]);
         let proposals = self.proposals.iter().flatten().fold(0, |sum: u64, proposal| {
@@ -770,8 +828,9 @@ impl State {
 impl Hash for State {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let replicas = self.r.map(|r| r.digest());
-        let slots = self.g.map(|g| g.slots.map(|s| s.digest()));
-        let least = PERMS.iter().map(|p| self.digest(&replicas, &slots, p)).min().expect("there are six");
+        let ranks = self.g.map(|g| Ranks::new(&g, self.cleans));
+        let slots = std::array::from_fn(|i| self.g[i].slots.map(|s| s.digest(ranks[i])));
+        let least = PERMS.iter().map(|p| self.digest(&replicas, &slots, &ranks, p)).min().expect("there are six");
         state.write_u64(least);
     }
 }
