@@ -11,24 +11,51 @@ use crate::state::*;
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Action {
     /// An initiator asks for something.
-    Write { g: usize },
-    Read { g: usize },
-    Flush { g: usize },
+    Write {
+        g: usize,
+    },
+    Read {
+        g: usize,
+    },
+    Flush {
+        g: usize,
+    },
     /// An operator closes the volume.
-    Close { g: usize },
+    Close {
+        g: usize,
+    },
     /// The region has been idle for a while.
-    CleanDue { g: usize },
+    CleanDue {
+        g: usize,
+    },
     /// The read that waits is sent to this replica.
-    ReadFrom { g: usize, slot: usize },
+    ReadFrom {
+        g: usize,
+        slot: usize,
+    },
     /// The base of the region that is equalised.
-    Base { g: usize, slot: usize },
-    Attach { g: usize, slot: usize },
+    Base {
+        g: usize,
+        slot: usize,
+    },
+    Attach {
+        g: usize,
+        slot: usize,
+    },
     /// The attach is given up: a time-out, or its connection is lost.
-    GiveUp { g: usize, slot: usize },
+    GiveUp {
+        g: usize,
+        slot: usize,
+    },
     /// A replica answers that a newer session has it (`WhatNext::Stop`).
-    Fenced { g: usize },
+    Fenced {
+        g: usize,
+    },
     /// The opening goes on without these, which it can't reach.
-    DecideWithout { g: usize, missing: Mask },
+    DecideWithout {
+        g: usize,
+        missing: Mask,
+    },
     /// A replica takes a request from its connection.
     Take(Msg),
     /// Its disk has done it.
@@ -36,21 +63,45 @@ pub enum Action {
     /// The gateway hears the answer.
     Hear(Msg),
     /// Raft decides what a session proposed.
-    Decide { epoch: u8 },
+    Decide {
+        epoch: u8,
+    },
     /// The answer to that arrives.
-    Decided { epoch: u8 },
+    Decided {
+        epoch: u8,
+    },
     /// It is lost, and the second asking finds another version than it expected.
-    AnswerLost { epoch: u8 },
-    PowerCut { slot: usize, value: u8, dirty: bool, clean: u8 },
-    Kill { slot: usize, landed: bool },
-    TakeImage { slot: usize },
-    RestoreImage { slot: usize },
+    AnswerLost {
+        epoch: u8,
+    },
+    PowerCut {
+        slot: usize,
+        value: u8,
+        dirty: bool,
+        clean: u8,
+    },
+    Kill {
+        slot: usize,
+        landed: bool,
+    },
+    TakeImage {
+        slot: usize,
+    },
+    RestoreImage {
+        slot: usize,
+    },
     /// A gateway process ends.
-    Die { g: usize },
+    Die {
+        g: usize,
+    },
     /// A gateway opens a session.
-    Open { g: usize },
+    Open {
+        g: usize,
+    },
     /// The lease of a superseded owner ends.
-    LeaseOver { g: usize },
+    LeaseOver {
+        g: usize,
+    },
 }
 
 /// Properties, by name.
@@ -81,7 +132,6 @@ pub mod names {
     pub const FENCED: &str = "an old owner is fenced while its lease lives";
     pub const OLD_IMAGE: &str = "an old image joins as new";
     pub const READ_BACK: &str = "a read returns the last write";
-    pub const REPLAYED: &str = "a write is replayed";
 }
 
 /// The state that everything begins with: a session that serves, with all that is in the set attached.
@@ -261,8 +311,7 @@ impl State {
                 self.wire.remove(&msg);
                 // Nothing older will be taken any more.
                 if cfg.mutant != Some(Mutant::NoAttachCheck) {
-                    let refused =
-                        |m: &Msg| m.slot == msg.slot && m.attach < msg.attach && m.stage == Stage::Sent;
+                    let refused = |m: &Msg| m.slot == msg.slot && m.attach < msg.attach && m.stage == Stage::Sent;
                     self.wire.retain(|m| !refused(m));
                 }
                 if let Some((g, slot)) = self.listener(cfg, &msg) {
@@ -485,7 +534,9 @@ impl Config {
             None if s.left.images > 0 && r.maybe == 1 << r.value && r.dirty == r.dirty_disk => {
                 out.push(Action::TakeImage { slot });
             }
-            Some(image) if image.slot as usize == slot && r.clean_disk >= image.clean + self.image_cleans => out.push(Action::RestoreImage { slot }),
+            Some(image) if image.slot as usize == slot && r.clean_disk >= image.clean + self.image_cleans => {
+                out.push(Action::RestoreImage { slot })
+            }
             _ => {}
         }
     }
@@ -496,12 +547,12 @@ impl Config {
                 spend(&mut s.left.writes)?;
                 s.promise.submitted += 1;
                 let value = s.promise.submitted;
-                s.with(self, g, |cx| cx.g.op = Some(Op::new(Some(value), 0, false)));
+                s.with(self, g, |cx| cx.g.op = Some(Op::new(Some(value), 0)));
             }
             Action::Read { g } => {
                 spend(&mut s.left.reads)?;
                 let known = s.promise.acked.max(s.promise.seen);
-                s.with(self, g, |cx| cx.g.op = Some(Op::new(None, known, cx.g.lease)));
+                s.with(self, g, |cx| cx.g.op = Some(Op::new(None, known)));
             }
             Action::Flush { g } => {
                 spend(&mut s.left.flushes)?;
@@ -535,20 +586,21 @@ impl Config {
             Action::Finish(msg) => s.finish(self, msg),
             Action::Hear(msg) => s.hear(self, msg),
             Action::Decide { epoch } => {
-                let at = s.proposals.iter().position(|p| {
-                    p.is_some_and(|p| p.epoch == epoch && p.decision == Decision::Asked)
-                })?;
+                let at = s
+                    .proposals
+                    .iter()
+                    .position(|p| p.is_some_and(|p| p.epoch == epoch && p.decision == Decision::Asked))?;
                 s.decide(self, at);
             }
             Action::Decided { epoch } | Action::AnswerLost { epoch } => {
-                let at = s.proposals.iter().position(|p| {
-                    p.is_some_and(|p| p.epoch == epoch && p.decision != Decision::Asked)
-                })?;
+                let at = s
+                    .proposals
+                    .iter()
+                    .position(|p| p.is_some_and(|p| p.epoch == epoch && p.decision != Decision::Asked))?;
                 let mut proposal = s.proposals[at].take()?;
                 if let Action::AnswerLost { .. } = action {
                     spend(&mut s.left.lost_answers)?;
-                    proposal.decision =
-                        if s.raft.epoch == epoch { Decision::Refused } else { Decision::Superseded };
+                    proposal.decision = if s.raft.epoch == epoch { Decision::Refused } else { Decision::Superseded };
                 }
                 let raft = s.raft;
                 let g = s.session(epoch)?;
@@ -627,11 +679,10 @@ impl State {
 }
 
 impl Op {
-    fn new(value: Option<u8>, floor: u8, leased: bool) -> Self {
+    fn new(value: Option<u8>, floor: u8) -> Self {
         Self {
             value,
             floor,
-            leased,
             stage: OpStage::Gated,
             sent: 0,
             pending: 0,
@@ -710,9 +761,7 @@ fn always() -> Vec<Property<Config>> {
                 .all(|slot| s.r[slot].after_cut(&s.wire, slot).trailing_zeros() >= u32::from(s.promise.flushed))
         }),
         Property::always(names::MEMBERS, |_, s: &State| {
-            slots(s.raft.members)
-                .map(|slot| &s.r[slot])
-                .all(|r| r.cut || r.imaged || r.value >= s.promise.acked)
+            slots(s.raft.members).map(|slot| &s.r[slot]).all(|r| r.cut || r.imaged || r.value >= s.promise.acked)
         }),
         Property::always(names::LAST, |_, s: &State| {
             let alone = s.raft.members.count_ones() == 1;
@@ -785,7 +834,8 @@ fn sometimes() -> Vec<Property<Config>> {
             s.r.iter().any(|r| r.imaged)
                 && s.g.iter().any(|g| g.slots.iter().any(|slot| slot.as_new && slot.join().is_some()))
         }),
-        Property::sometimes(names::READ_BACK, |_, s: &State| s.promise.seen > 0 && s.promise.seen == s.promise.submitted),
-        Property::sometimes(names::REPLAYED, |_, s: &State| s.g.iter().any(|g| g.replaying)),
+        Property::sometimes(names::READ_BACK, |_, s: &State| {
+            s.promise.seen > 0 && s.promise.seen == s.promise.submitted
+        }),
     ]
 }

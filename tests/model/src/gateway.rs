@@ -119,10 +119,16 @@ impl Cx<'_> {
         }
         // Answers under this attach are believed no more; requests may still be carried out.
         if !self.is(Mutant::BelieveOldAnswers) {
-            self.wire.retain(|m| m.attach != attach || m.slot as usize != slot || !matches!(m.stage, Stage::Answered(_)));
+            self.wire
+                .retain(|m| m.attach != attach || m.slot as usize != slot || !matches!(m.stage, Stage::Answered(_)));
         }
         // A flush that nobody waits for can only help.
-        self.wire.retain(|m| m.attach != attach || m.slot as usize != slot || !matches!(m.what, What::Flush(_)) || m.stage == Stage::Begun);
+        self.wire.retain(|m| {
+            m.attach != attach
+                || m.slot as usize != slot
+                || !matches!(m.what, What::Flush(_))
+                || m.stage == Stage::Begun
+        });
         self.g.flush_pending &= !bit(slot);
         // `equalise_lost`: the destination of a copy whose source is lost goes too.
         if let Some(eq) = &mut self.g.eq {
@@ -174,7 +180,8 @@ impl Cx<'_> {
     /// Whether an answer under this attach counts (`Mirror::answered`, R1).
     pub fn believes(&self, slot: usize, attach: AttachId) -> bool {
         if self.is(Mutant::BelieveOldAnswers) {
-            return attach.epoch() == self.g.epoch && self.g.slots[slot].is_answered();
+            let known = self.g.slots[slot].is_answered() || self.g.slots[slot].attach == attach.0;
+            return attach.epoch() == self.g.epoch && known;
         }
         self.g.slots[slot].attach == attach.0
     }
@@ -225,10 +232,7 @@ impl Cx<'_> {
     pub fn read(&mut self, slot: usize, value: u8) {
         let Some(op) = self.g.op.filter(|op| op.stage == OpStage::Reading(slot as u8)) else { return };
         self.g.op = None;
-        let told = self.g.lease
-            || self.is(Mutant::ReplyAfterLease)
-            || self.is(Mutant::LeaseLookedAtBeforehand) && op.leased;
-        if !told {
+        if !self.g.lease && !self.is(Mutant::ReplyAfterLease) {
             return;
         }
         if value < op.floor {
@@ -356,7 +360,6 @@ impl Cx<'_> {
         (self.g.left_behind, self.g.extra_bases, self.g.awaited_before) = (0, 0, false);
         self.g.writing = 0;
         self.g.covered = if self.g.tracked { self.g.flush_next } else { 0 };
-        self.g.replaying = false;
         if let Some(op) = &mut self.g.op {
             if op.answered {
                 self.g.op = None;
@@ -404,10 +407,8 @@ impl Cx<'_> {
         let reached = self.g.members & !missing;
         self.find_old_images(reached);
         let eligible: Mask = slots(reached).filter(|s| !self.g.slots[*s].as_new).map(bit).sum();
-        let intact: Mask = slots(eligible)
-            .filter(|s| !self.g.slots[*s].info_suspect || self.g.slots[*s].info_kept)
-            .map(bit)
-            .sum();
+        let intact: Mask =
+            slots(eligible).filter(|s| !self.g.slots[*s].info_suspect || self.g.slots[*s].info_kept).map(bit).sum();
         let restarted = intact == 0;
         let mut blocked = false;
         let mut left_behind = 0;
@@ -457,16 +458,11 @@ impl Cx<'_> {
                 *self.breach = Some(Breach::GivenUpThoughHeld);
             }
             self.every_cache_was_lost();
-        } else {
-            self.g.kept = self.g.kept.filter(|_| self.cfg.replay);
         }
         let g = &*self.g;
         let current = |s: usize| {
             let slot = &g.slots[s];
-            slot.info_told
-                && slot.info_epoch == g.epoch
-                && slot.info_version == g.version
-                && slot.info_clean == g.clean
+            slot.info_told && slot.info_epoch == g.epoch && slot.info_version == g.version && slot.info_clean == g.clean
         };
         let store = keep == g.members && !slots(keep).all(current);
         slots(keep).for_each(|s| self.g.slots[s].forget_info());
@@ -475,13 +471,9 @@ impl Cx<'_> {
         }
     }
 
-    /// The flush that waits fails, and initiators are told; or, with R9's buffer, what was lost is written again.
+    /// The flush that waits fails, and initiators are told.
     fn every_cache_was_lost(&mut self) {
         self.g.power_on = true;
-        if self.cfg.replay && self.g.epoch >= self.promise.power_on_epoch && self.g.kept.is_some() {
-            self.g.replaying = true;
-            return;
-        }
         self.g.flush_op = None;
         self.promise.acked = self.promise.flushed;
         self.promise.seen = self.promise.flushed;
@@ -535,11 +527,7 @@ impl Cx<'_> {
             }
         }
         if self.g.settle == Settle::Equalised {
-            self.g.settle = if self.is(Mutant::ServeBeforeFlush) {
-                Settle::Done
-            } else {
-                Settle::Flushing(self.want_flush())
-            };
+            self.g.settle = Settle::Flushing(self.want_flush());
         }
         if self.is_settled() && !self.g.settle_ended {
             self.g.settle_ended = true;
@@ -639,13 +627,8 @@ impl Cx<'_> {
     fn propose(&mut self, members: Mask, awaited: Mask) {
         let awaited = awaited & !members;
         self.g.change = Change::Proposed { members, awaited };
-        let proposal = Proposal {
-            epoch: self.g.epoch,
-            expected: self.g.version,
-            members,
-            awaited,
-            decision: Decision::Asked,
-        };
+        let proposal =
+            Proposal { epoch: self.g.epoch, expected: self.g.version, members, awaited, decision: Decision::Asked };
         let free = self.proposals.iter_mut().find(|p| p.is_none()).expect("one proposal a session");
         *free = Some(proposal);
     }
@@ -682,8 +665,7 @@ impl Cx<'_> {
             match stage {
                 JoinStage::Marking | JoinStage::Proposing => {}
                 JoinStage::Barrier => {
-                    let not_sent =
-                        self.g.op.is_some_and(|op| op.stage == OpStage::Writing && op.sent & bit(slot) == 0);
+                    let not_sent = self.g.op.is_some_and(|op| op.stage == OpStage::Writing && op.sent & bit(slot) == 0);
                     let listing = self.slots_where(|s| s.join() == Some(JoinStage::Listing)) != 0;
                     if (!not_sent || self.is(Mutant::NoBarrier)) && self.is_settled() && !listing {
                         for s in slots(self.live_members() | bit(slot)) {
@@ -765,10 +747,10 @@ impl Cx<'_> {
         // With nobody there it fails, and is tried again later.
         if self.g.eq.is_none() && self.live() != 0 {
             let joins = self.slots_where(|s| s.join() == Some(JoinStage::Equalising { todo: true })) != 0;
-            let demanded = self.g.settle == Settle::Unsettled && (self.g.phase == Phase::Serving || self.g.op.is_some());
+            let demanded =
+                self.g.settle == Settle::Unsettled && (self.g.phase == Phase::Serving || self.g.op.is_some());
             if demanded || (joins && self.g.phase == Phase::Serving) {
-                self.g.eq =
-                    Some(Equalise { stage: EqStage::Locking, participants: 0, values: [0; N], failed: false });
+                self.g.eq = Some(Equalise { stage: EqStage::Locking, participants: 0, values: [0; N], failed: false });
             }
         }
         let Some(eq) = self.g.eq else { return };
@@ -841,7 +823,7 @@ impl Cx<'_> {
                 let slot = &self.g.slots[s];
                 let dirty = slot.listed.is_none_or(|l| l.0);
                 let rank = match (slot.suspect, slot.restarted) {
-                    _ if self.is(Mutant::AnyBase) || self.is(Mutant::KeepRestarted) => 0,
+                    _ if self.is(Mutant::KeepRestarted) => 0,
                     _ if slot.info_kept => 0,
                     (false, false) => 0,
                     _ if dirty => 1,
@@ -857,8 +839,7 @@ impl Cx<'_> {
     /// `Mirror::plan` and the copies.
     pub fn copy_from(&mut self, base: usize) {
         let Some(eq) = self.g.eq.filter(|eq| eq.stage == EqStage::Planning) else { return };
-        let targets: Mask =
-            slots(eq.participants).filter(|s| eq.values[*s] != eq.values[base]).map(bit).sum();
+        let targets: Mask = slots(eq.participants).filter(|s| eq.values[*s] != eq.values[base]).map(bit).sum();
         for target in slots(targets) {
             let target_attach = self.g.slots[target].attach;
             self.send(base, What::CopyTo { target: target as u8, target_attach });
@@ -958,7 +939,7 @@ impl Cx<'_> {
         // A member that left and is back counts for nothing before a newer set adds it.
         let back = self.g.members & !self.live_members() != 0 && !self.is(Mutant::ReturnedMemberCounts);
         let ok = self.live_members() | self.counting();
-        storing && !self.is(Mutant::AckBeforeStored) || back || self.required() & !ok != 0
+        storing || back || self.required() & !ok != 0
     }
 
     /// `Mirror::reconsider`, of a write.
@@ -966,8 +947,7 @@ impl Cx<'_> {
         let (required, hold) = (self.required(), self.hold());
         let Some(mut op) = self.g.op else { return };
         if !op.answered && required & !op.done == 0 && !hold {
-            let alone =
-                self.g.members.count_ones() == 1 && !op.fua && !self.is(Mutant::LastMemberWithoutFua);
+            let alone = self.g.members.count_ones() == 1 && !op.fua && !self.is(Mutant::LastMemberWithoutFua);
             if alone && op.durable_by.is_none_or(|no| !self.flushed(no, required)) {
                 if op.durable_by.is_none() {
                     op.durable_by = Some(self.want_flush());
@@ -986,9 +966,6 @@ impl Cx<'_> {
     }
 
     fn acknowledged(&mut self, value: u8, durable: bool) {
-        if self.cfg.replay && !durable {
-            self.g.kept = Some(value);
-        }
         // Not told without a lease; and who was told that every cache was lost expects nothing of older sessions.
         if !self.g.lease || self.g.epoch < self.promise.power_on_epoch {
             return;
@@ -1042,7 +1019,7 @@ impl Cx<'_> {
 
     fn advance_clean(&mut self) {
         if let Some(cleaning) = self.g.cleaning {
-            if cleaning.pending != 0 && !self.is(Mutant::CleansOverlap) {
+            if cleaning.pending != 0 {
                 return;
             }
             self.g.cleaning = None;
@@ -1063,7 +1040,7 @@ impl Cx<'_> {
         if self.g.writing != 0 || self.g.eq.is_some() {
             return;
         }
-        if self.g.covered > common && !self.is(Mutant::CleanWithoutFlush) {
+        if self.g.covered > common {
             if self.g.flush_pending == 0 {
                 self.want_flush();
                 self.advance_flush();

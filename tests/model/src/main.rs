@@ -99,7 +99,10 @@ fn main() -> ExitCode {
             if args.mutants.len() == 1 {
                 print_broken(&outcome);
             } else {
-                outcome.broken.iter().for_each(|(property, t)| println!("  {property}, after {} steps", t.actions.len()));
+                outcome
+                    .broken
+                    .iter()
+                    .for_each(|(property, t)| println!("  {property}, after {} steps", t.actions.len()));
             }
             found |= !outcome.broken.is_empty();
             if found {

@@ -17,7 +17,10 @@ pub enum Taken {
     Sent(Msg),
     /// The attach is there: the epoch that was stored before.
     Attached(u8),
-    Listed { dirty: bool, suspect: bool },
+    Listed {
+        dirty: bool,
+        suspect: bool,
+    },
 }
 
 /// What is at the disk of this replica.
@@ -87,8 +90,7 @@ impl Replica {
                 Taken::Begun
             }
             What::CopyTo { target, target_attach } => {
-                let what =
-                    What::Copy { value: self.value, source: msg.slot, source_attach: msg.attach.0 };
+                let what = What::Copy { value: self.value, source: msg.slot, source_attach: msg.attach.0 };
                 let attach = AttachId(target_attach);
                 Taken::Sent(Msg { slot: target, attach, what, stage: Stage::Sent })
             }

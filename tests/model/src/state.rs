@@ -93,17 +93,35 @@ pub struct Replica {
 pub enum What {
     Attach,
     List,
-    Write { value: u8, fua: bool },
+    Write {
+        value: u8,
+        fua: bool,
+    },
     Read,
     Flush(u8),
     Hash,
     /// To be read at the source, under its attach.
-    CopyTo { target: u8, target_attach: u8 },
+    CopyTo {
+        target: u8,
+        target_attach: u8,
+    },
     /// On its way to the target, under the target's attach.
-    Copy { value: u8, source: u8, source_attach: u8 },
-    Clean { no: u8, flush: u8 },
-    Settle { flush: u8 },
-    StoreSet { version: u8, clean: u8 },
+    Copy {
+        value: u8,
+        source: u8,
+        source_attach: u8,
+    },
+    Clean {
+        no: u8,
+        flush: u8,
+    },
+    Settle {
+        flush: u8,
+    },
+    StoreSet {
+        version: u8,
+        clean: u8,
+    },
     MarkDirty,
 }
 
@@ -208,7 +226,9 @@ pub enum JoinStage {
     Marking,
     Barrier,
     Listing,
-    Equalising { todo: bool },
+    Equalising {
+        todo: bool,
+    },
     /// Writes up to this one were sent before it counted.
     Draining(u8),
     Flushing(u8),
@@ -324,8 +344,6 @@ pub struct Op {
     pub value: Option<u8>,
     /// No read may return less than this.
     pub floor: u8,
-    /// The lease lived when the read was asked for.
-    pub leased: bool,
     pub stage: OpStage,
     pub sent: Mask,
     pub pending: Mask,
@@ -354,10 +372,15 @@ pub struct Cleaning {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EqStage {
     Locking,
-    Hashing { pending: Mask },
+    Hashing {
+        pending: Mask,
+    },
     /// All hashes are there and differ: a base is to be chosen.
     Planning,
-    Copying { base: u8, pending: Mask },
+    Copying {
+        base: u8,
+        pending: Mask,
+    },
 }
 
 /// The region being equalised.
@@ -401,10 +424,6 @@ pub struct Gateway {
     pub flush_op: Option<FlushOp>,
     pub eq: Option<Equalise>,
     pub closing_flush: u8,
-    /// Acknowledged and not flushed: kept for replay (R9).
-    pub kept: Option<u8>,
-    /// The kept write is being replayed.
-    pub replaying: bool,
     /// It went on though every cache was lost.
     pub power_on: bool,
 }
@@ -439,8 +458,6 @@ impl Gateway {
         flush_op: None,
         eq: None,
         closing_flush: 0,
-        kept: None,
-        replaying: false,
         power_on: false,
     };
 }
@@ -722,10 +739,17 @@ impl Gateway {
             h.word(slots[from as usize]);
         }
         let f = flags(&[self.lease, self.flush_wanted, self.tracked, self.clean_due, self.settle_ended, self.released]);
-        let f2 = flags(&[self.awaited_before, self.replaying, self.power_on]);
+        let f2 = flags(&[self.awaited_before, self.power_on]);
         h.bytes([f, f2, self.epoch, self.phase as u8, self.version, m(self.members), m(self.awaited), self.clean]);
-        h.bytes([m(self.lost), ranks.rank(self.flush_next - 1), ranks.rank(self.flush_next), m(self.flush_pending), self.writing, self.covered]);
-        h.bytes([m(self.left_behind), m(self.extra_bases), ranks.rank(self.closing_flush), opt(self.kept)]);
+        h.bytes([
+            m(self.lost),
+            ranks.rank(self.flush_next - 1),
+            ranks.rank(self.flush_next),
+            m(self.flush_pending),
+            self.writing,
+            self.covered,
+        ]);
+        h.bytes([m(self.left_behind), m(self.extra_bases), ranks.rank(self.closing_flush)]);
         match self.settle {
             Settle::Flushing(no) => Settle::Flushing(ranks.rank(no)).hash(&mut h),
             settle => settle.hash(&mut h),
@@ -753,7 +777,7 @@ impl Gateway {
                 };
                 h.bytes([1, opt(op.value), op.floor, stage, m(op.sent), m(op.pending), m(op.done)]);
                 h.byte(opt(op.durable_by.map(|no| ranks.rank(no))));
-                h.byte(flags(&[op.fua, op.answered, op.leased]));
+                h.byte(flags(&[op.fua, op.answered]));
             }
         }
         match self.eq {
