@@ -904,10 +904,11 @@ impl Cx<'_> {
                     self.write();
                 }
             }
-            OpStage::Reading(slot) if self.g.slots[slot as usize].role != Role::Member => {
-                if !(self.is(Mutant::ReadJoining) && self.g.slots[slot as usize].is_live()) {
-                    self.g.op = Some(Op { stage: OpStage::Stranded, ..op });
-                }
+            OpStage::Reading(slot) => {
+                let slot = &self.g.slots[slot as usize];
+                let read = slot.role == Role::Member || self.is(Mutant::ReadJoining) && slot.is_live();
+                let stage = if read { op.stage } else { OpStage::Stranded };
+                self.g.op = Some(Op { stage, ..op });
             }
             OpStage::Writing => self.reconsider_write(),
             _ => {}
