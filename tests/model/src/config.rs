@@ -81,8 +81,6 @@ mutants! {
     NoAttachCheck,
     /// R1: an attach is answered while the disk still has writes of an older one.
     AttachWithoutDrain,
-    /// R1: answers under an attach that was given up count.
-    BelieveOldAnswers,
     /// R2: a write that missed a member is acknowledged before raft has removed it.
     AckBeforeCommit,
     /// R2: a session goes on with the set it knew, though raft says that another is committed.
@@ -265,7 +263,7 @@ pub const CONFIGS: &[Config] = &[
     Config {
         name: "E",
         about: "replicas are killed, which loses nothing, or lose power, and the gateway dies",
-        bounds: Bounds { writes: 1, flushes: 1, deaths: 1, opens: 1, kills: 1, blackouts: 1, ..NONE },
+        bounds: Bounds { writes: 1, deaths: 1, opens: 1, kills: 1, blackouts: 1, ..NONE },
         reaches: &[names::TAKEN_OVER, names::SOME_KEPT],
         ..BASE
     },

@@ -118,10 +118,7 @@ impl Cx<'_> {
             return;
         }
         // Answers under this attach are believed no more; requests may still be carried out.
-        if !self.is(Mutant::BelieveOldAnswers) {
-            self.wire
-                .retain(|m| m.attach != attach || m.slot as usize != slot || !matches!(m.stage, Stage::Answered(_)));
-        }
+        self.wire.retain(|m| m.attach != attach || m.slot as usize != slot || !matches!(m.stage, Stage::Answered(_)));
         // A flush that nobody waits for can only help.
         self.wire.retain(|m| {
             m.attach != attach
@@ -179,10 +176,6 @@ impl Cx<'_> {
 
     /// Whether an answer under this attach counts (`Mirror::answered`, R1).
     pub fn believes(&self, slot: usize, attach: AttachId) -> bool {
-        if self.is(Mutant::BelieveOldAnswers) {
-            let known = self.g.slots[slot].is_answered() || self.g.slots[slot].attach == attach.0;
-            return attach.epoch() == self.g.epoch && known;
-        }
         self.g.slots[slot].attach == attach.0
     }
 

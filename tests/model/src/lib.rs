@@ -53,10 +53,11 @@
 //! `flush_at_once`), and answers heard when made unless `late`. A killed replica tells that its cache is whole
 //! (`AttachInfo::kept`). R9's replay is not modelled: when every cache is lost, initiators are told.
 //!
-//! Three rules were dropped in turn without any state of the take-over configurations showing it, so no planted error
+//! Some rules were dropped in turn without any state of the configuration meant for them showing it, so no planted error
 //! stands for them: that a region is served after a take-over only once it is flushed (what is lost then was lost with
 //! every cache, and initiators are told); that of restarted members the dirty ones are bases before the clean ones;
-//! that the lease is looked at after the last answer of a single read, not when it was asked for.
+//! that the lease is looked at after the last answer of a single read, not when it was asked for. And answers under an
+//! attach that was given up could count in `A2`: what they would tell is not wrong there.
 //!
 //! What the protocol is known not to survive is in `LIMITS`.
 

@@ -8,7 +8,6 @@ fn expected(mutant: Mutant) -> (&'static str, &'static [&'static str]) {
     match mutant {
         Mutant::NoAttachCheck => ("B", &[MEMBERS]),
         Mutant::AttachWithoutDrain => ("B", &[MEMBERS]),
-        Mutant::BelieveOldAnswers => ("A2", &[MEMBERS, LAST]),
         Mutant::AckBeforeCommit => ("A", &[MEMBERS]),
         Mutant::StaleSet => ("A3", &[MEMBERS]),
         Mutant::StaleSession => ("B5", &[METADATA, MEMBERS]),
