@@ -11,7 +11,7 @@ use client::initiator::{Error, Options, Session};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use super::history::{History, Sectors, Writing};
+use super::history::{History, Sectors, UnderWay, Writing};
 use super::meter::Meter;
 use super::{Measured, Rng};
 
@@ -23,6 +23,9 @@ const MAX_TOLD: usize = 20;
 const LONGEST: u64 = (1 << 20) / SECTOR;
 /// Tries to find a range that nobody writes to.
 const PICKS: usize = 32;
+/// Sense of a command that the target could not carry out.
+const HARDWARE_ERROR: u8 = 4;
+const TARGET_FAILURE: u16 = 0x4400;
 /// Requests under way when everything is read back.
 const READ_BACK_DEPTH: usize = 8;
 
@@ -134,6 +137,8 @@ struct Shared {
     meter: Meter,
     faults: Mutex<Faults>,
     session: tokio::sync::Mutex<Option<Session>>,
+    /// A flush may fail: see [`Load::let_flushes_fail`].
+    flushes_may_fail: AtomicBool,
     /// Workers with a higher number rest.
     active: AtomicUsize,
     wake: Notify,
@@ -174,6 +179,7 @@ impl Load {
             meter: Meter::default(),
             faults: Mutex::default(),
             session: tokio::sync::Mutex::new(None),
+            flushes_may_fail: AtomicBool::new(false),
             active: AtomicUsize::new(spec.depth),
             wake: Notify::new(),
             stop: AtomicBool::new(false),
@@ -229,10 +235,22 @@ impl Load {
         (faults.wrong, faults.told.clone())
     }
 
+    /// What is under way now.
+    pub fn under_way(&self) -> UnderWay {
+        lock(&self.shared.history).under_way()
+    }
+
     /// Every process of the cluster was killed: writes that no flush covered may be gone (R9). Call while all of
     /// them are down.
     pub fn caches_lost(&self) {
         lock(&self.shared.history).caches_lost();
+    }
+
+    /// Whether flushes may fail from now on, or those that are under way. Where every cache was lost, a flush that was
+    /// asked for before the target knew it does, since what it should have covered may be gone (R9). Such a flush
+    /// covers nothing.
+    pub fn let_flushes_fail(&self, may: bool) {
+        self.shared.flushes_may_fail.store(may, Ordering::Relaxed);
     }
 
     /// Ends the workers once what they have under way is answered.
@@ -495,9 +513,16 @@ async fn zero(shared: &Shared, writing: Writing, discard: bool) -> Result<(), Lo
 
 async fn flush(shared: &Shared) -> Result<(), LoadError> {
     let issued = Instant::now();
+    let may_fail = || shared.flushes_may_fail.load(Ordering::Relaxed);
+    let might_fail = may_fail();
     let flushing = lock(&shared.history).begin_flush();
-    shared.again("SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await?;
+    let flushed = shared.again("SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await;
     shared.meter.answered(issued, 0);
-    lock(&shared.history).end_flush(flushing);
+    match flushed {
+        Ok(()) => lock(&shared.history).end_flush(flushing),
+        Err(LoadError::Command { source: Error::Status { key: HARDWARE_ERROR, code: TARGET_FAILURE, .. }, .. })
+            if might_fail || may_fail() => {}
+        Err(error) => return Err(error),
+    }
     Ok(())
 }
