@@ -14,6 +14,14 @@ fn missing() -> Option<String> {
             return Some(format!("{tool} is not installed"));
         }
     }
+    let mut unshare = Command::new("unshare");
+    if !rustix::process::geteuid().is_root() {
+        unshare.args(["--user", "--map-root-user"]);
+    }
+    let allowed = unshare.args(["--net", "ip", "tuntap", "add", "tap1", "mode", "tap"]).stderr(Stdio::null()).status();
+    if !allowed.is_ok_and(|status| status.success()) {
+        return Some("this user may not make a network namespace with a tap in it".into());
+    }
     let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/guest");
     let found = Command::new(guest).arg("--find").stdout(Stdio::null()).status();
     (!found.is_ok_and(|status| status.success())).then(|| "tests/vm/guest has not been run".into())
