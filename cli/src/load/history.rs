@@ -110,6 +110,17 @@ impl std::fmt::Display for Wrong {
     }
 }
 
+/// How much has not come to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnderWay {
+    /// Reads that are not answered.
+    pub reads: usize,
+    /// Writes, zeroes and discards that are not answered.
+    pub writes: usize,
+    /// Those that are answered, and covered by no flush that is.
+    pub unflushed: usize,
+}
+
 /// Every sector's possible values.
 pub struct History {
     seed: u64,
@@ -155,6 +166,11 @@ impl History {
     /// Sectors of the device.
     pub fn sectors(&self) -> u64 {
         self.sectors.len() as u64
+    }
+
+    /// What is under way now.
+    pub fn under_way(&self) -> UnderWay {
+        UnderWay { reads: self.reading.len(), writes: self.writing.len(), unflushed: self.unflushed.len() }
     }
 
     /// Whether a write is under way somewhere in the range.
@@ -293,7 +309,7 @@ impl History {
                         sector.newest = sector.floor;
                     }
                 }
-                None => wrong.push(Wrong { sector: number, found, allowed: allowed(floor, sector.newest) }),
+                None => wrong.push(Wrong { sector: number, found, allowed: allowed(floor, sector) }),
             }
         }
         if wrong.is_empty() && !self.torn {
@@ -334,15 +350,17 @@ fn being_written(writing: &BTreeMap<u64, u64>, sector: u64) -> bool {
     overlaps(writing, &(sector..sector + 1))
 }
 
-fn allowed(floor: Version, newest: Version) -> String {
+fn allowed(floor: Version, sector: &Sector) -> String {
+    let newest = sector.newest;
     let name = |version: Version| match (version, version.is_zeroes()) {
         (Version::NEVER, _) => "zeroes (never written)".to_owned(),
         (version, true) => format!("zeroes (version {})", version.0),
         (version, false) => format!("version {}", version.0),
     };
+    let flushed = if floor <= sector.durable && floor != Version::NEVER { ", flushed" } else { "" };
     match floor == newest {
-        true => name(floor),
-        false => format!("{} to {}", name(floor), name(newest)),
+        true => format!("{}{flushed}", name(floor)),
+        false => format!("{}{flushed} to {}", name(floor), name(newest)),
     }
 }
 
@@ -425,6 +443,7 @@ mod tests {
         let flush = history.begin_flush();
         let during = write(&mut history);
         history.end_flush(flush);
+        assert_eq!(history.under_way(), UnderWay { reads: 0, writes: 0, unflushed: 1 });
         let last = write(&mut history);
         assert_eq!(check(&mut history, 0..1, &during), 1, "nothing was lost yet");
         history.caches_lost();

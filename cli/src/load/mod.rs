@@ -12,6 +12,7 @@ pub mod pattern;
 mod rng;
 pub mod run;
 
+pub use history::UnderWay;
 pub use meter::Measured;
 pub use rng::Rng;
 pub use run::{Load, LoadSpec, Mix};

@@ -14,6 +14,8 @@ use tokio::task::JoinSet;
 use super::history::{History, Sectors, Writing};
 use super::line::Line;
 use super::meter::{Meter, Slow};
+use super::history::{History, Sectors, UnderWay, Writing};
+use super::meter::Meter;
 use super::{Measured, Rng};
 
 /// The initiator's name.
@@ -26,6 +28,9 @@ const MAX_TOLD: usize = 20;
 const LONGEST: u64 = (1 << 20) / SECTOR;
 /// Tries to find a range that nobody writes to.
 const PICKS: usize = 32;
+/// Sense of a command that the target could not carry out.
+const HARDWARE_ERROR: u8 = 4;
+const TARGET_FAILURE: u16 = 0x4400;
 /// Requests under way when everything is read back.
 const READ_BACK_DEPTH: usize = 8;
 
@@ -147,6 +152,9 @@ struct Shared {
     meter: Meter,
     faults: Mutex<Faults>,
     lines: Vec<Line>,
+    session: tokio::sync::Mutex<Option<Session>>,
+    /// A flush may fail: see [`Load::let_flushes_fail`].
+    flushes_may_fail: AtomicBool,
     /// Workers with a higher number rest.
     active: AtomicUsize,
     wake: Notify,
@@ -189,6 +197,8 @@ impl Load {
             history: Mutex::new(History::new(spec.seed, 0)),
             meter: Meter::default(),
             faults: Mutex::default(),
+            session: tokio::sync::Mutex::new(None),
+            flushes_may_fail: AtomicBool::new(false),
             active: AtomicUsize::new(spec.depth),
             wake: Notify::new(),
             stop: AtomicBool::new(false),
@@ -250,10 +260,22 @@ impl Load {
         (faults.wrong, faults.told.clone())
     }
 
+    /// What is under way now.
+    pub fn under_way(&self) -> UnderWay {
+        lock(&self.shared.history).under_way()
+    }
+
     /// Every process of the cluster was killed: writes that no flush covered may be gone (R9). Call while all of
     /// them are down.
     pub fn caches_lost(&self) {
         lock(&self.shared.history).caches_lost();
+    }
+
+    /// Whether flushes may fail from now on, or those that are under way. Where every cache was lost, a flush that was
+    /// asked for before the target knew it does, since what it should have covered may be gone (R9). Such a flush
+    /// covers nothing.
+    pub fn let_flushes_fail(&self, may: bool) {
+        self.shared.flushes_may_fail.store(may, Ordering::Relaxed);
     }
 
     /// Ends the workers once what they have under way is answered.
@@ -503,9 +525,17 @@ async fn zero(shared: &Shared, line: usize, writing: Writing, discard: bool) -> 
 
 async fn flush(shared: &Shared, line: usize) -> Result<(), LoadError> {
     let issued = Instant::now();
+    let may_fail = || shared.flushes_may_fail.load(Ordering::Relaxed);
+    let might_fail = may_fail();
     let flushing = lock(&shared.history).begin_flush();
     shared.again(line, "SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await?;
+    let flushed = shared.again("SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await;
     shared.meter.answered(issued, 0);
-    lock(&shared.history).end_flush(flushing);
+    match flushed {
+        Ok(()) => lock(&shared.history).end_flush(flushing),
+        Err(LoadError::Command { source: Error::Status { key: HARDWARE_ERROR, code: TARGET_FAILURE, .. }, .. })
+            if might_fail || may_fail() => {}
+        Err(error) => return Err(error),
+    }
     Ok(())
 }
