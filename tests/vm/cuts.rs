@@ -1,9 +1,9 @@
 //! The cuts, and what must hold after each.
 //!
 //! Every cut comes at a random moment of the load, from a cluster that is in sync, or while the machines that were cut
-//! last come back. Where a node goes on, so does the load, and nothing that was acknowledged may be lost. Where all
-//! are cut, and the gateway with them, what was acknowledged and not flushed may be gone. After each cut all replicas must be in sync again and
-//! the whole volume is read back; at the end they are compared block by block.
+//! last come back. Where a node goes on, so does the load. Nothing that was acknowledged may be lost, unless all nodes
+//! are cut and the gateway dies with them: then what was not flushed may be gone. After each cut all replicas must be
+//! in sync again and the whole volume is read back; at the end they are compared block by block.
 
 use std::path::Path;
 use std::time::Duration;
@@ -17,10 +17,6 @@ use super::Args;
 use super::machine::HOST;
 use super::setup::{LOGS, LOOK_EVERY, NODES, PATIENCE, Setup, VOLUME};
 
-/// Whether a gateway that lives writes again what it had acknowledged and every cache has lost (R9's replay). Until it
-/// does, it dies with the nodes: else a request that was cut into parts could be acknowledged after the cut although
-/// some of its parts, done before, are gone.
-const GATEWAY_REPLAYS: bool = false;
 /// Requests under way.
 const DEPTH: usize = 6;
 /// The load stands still, once every node is away, when nothing was answered for so long.
@@ -175,7 +171,7 @@ impl Run {
 
     /// Whether the gateway dies with all nodes.
     fn takes_gateway(&mut self) -> bool {
-        !GATEWAY_REPLAYS || self.rng.below(3) == 0
+        self.rng.below(3) == 0
     }
 
     /// A load of some time; in half of the cases after a rest, so that it begins in clean regions (R5, R6).

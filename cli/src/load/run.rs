@@ -11,11 +11,9 @@ use client::initiator::{Error, Session};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use super::history::{History, Sectors, Writing};
+use super::history::{History, Sectors, UnderWay, Writing};
 use super::line::Line;
 use super::meter::{Meter, Slow};
-use super::history::{History, Sectors, UnderWay, Writing};
-use super::meter::Meter;
 use super::{Measured, Rng};
 
 /// The initiator's name.
@@ -152,7 +150,6 @@ struct Shared {
     meter: Meter,
     faults: Mutex<Faults>,
     lines: Vec<Line>,
-    session: tokio::sync::Mutex<Option<Session>>,
     /// A flush may fail: see [`Load::let_flushes_fail`].
     flushes_may_fail: AtomicBool,
     /// Workers with a higher number rest.
@@ -197,7 +194,6 @@ impl Load {
             history: Mutex::new(History::new(spec.seed, 0)),
             meter: Meter::default(),
             faults: Mutex::default(),
-            session: tokio::sync::Mutex::new(None),
             flushes_may_fail: AtomicBool::new(false),
             active: AtomicUsize::new(spec.depth),
             wake: Notify::new(),
@@ -528,8 +524,8 @@ async fn flush(shared: &Shared, line: usize) -> Result<(), LoadError> {
     let may_fail = || shared.flushes_may_fail.load(Ordering::Relaxed);
     let might_fail = may_fail();
     let flushing = lock(&shared.history).begin_flush();
-    shared.again(line, "SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await?;
-    let flushed = shared.again("SYNCHRONIZE CACHE", &(0..0), |session| async move { session.sync_cache().await }).await;
+    let sync = |session: Session| async move { session.sync_cache().await };
+    let flushed = shared.again(line, "SYNCHRONIZE CACHE", &(0..0), sync).await;
     shared.meter.answered(issued, 0);
     match flushed {
         Ok(()) => lock(&shared.history).end_flush(flushing),

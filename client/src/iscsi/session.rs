@@ -582,7 +582,7 @@ impl IscsiSession {
                 Err(Sense::DATA_AMOUNT)
             } else {
                 task.unsolicited += len;
-                task.data_sn += 1;
+                task.data_sn = task.data_sn.wrapping_add(1);
                 task.more_unsolicited = !data.last;
                 Ok(())
             }
@@ -596,7 +596,7 @@ impl IscsiSession {
                         Err(Sense::DATA_AMOUNT)
                     } else {
                         r2t.received += len;
-                        r2t.data_sn += 1;
+                        r2t.data_sn = r2t.data_sn.wrapping_add(1);
                         if data.last {
                             task.r2ts.pop_front();
                         }

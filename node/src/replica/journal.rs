@@ -217,6 +217,8 @@ impl ReplicaCore {
         (0..JOURNAL_SLOTS)
             .zip(bytes.chunks_exact(PAGE as usize))
             .filter_map(|(slot, page)| layout::decode_journal(page, slot, self.config.ids.replica, self.config.boot))
+            // Nobody counts so far, and the next one must fit.
+            .filter(|page| page.number <= u64::MAX / 2)
             .filter(|page| page.number.checked_sub(page.oldest).is_some_and(|n| n < JOURNAL_PAGES))
             .collect()
     }

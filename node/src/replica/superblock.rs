@@ -101,11 +101,13 @@ impl Superblock {
             return Err(BadCopy::Layout(u32_at(8)));
         }
         let members = usize::from(b[120]);
-        if members > MAX_REPLICAS {
+        let generation = u64_at(16);
+        // Nobody counts so far, and the next one must fit.
+        if members > MAX_REPLICAS || generation > u64::MAX / 2 {
             return Err(BadCopy::Damaged);
         }
         Ok(Self {
-            generation: u64_at(16),
+            generation,
             ids: ReplicaIds {
                 cluster: ClusterId::from_bytes(id_at(24)),
                 volume: VolumeId::from_bytes(id_at(40)),

@@ -220,7 +220,7 @@ fn replies() -> Vec<Reply> {
             blocks: 1000,
             dirty: 3,
             suspect: 1,
-            durable: false,
+            kept: false,
             rebuilt: true,
         }),
         Reply::Read { block: BlockIndex(3), sums: block_sums(&[5; 4096]), data: Bytes::from_static(&[5; 4096]) },

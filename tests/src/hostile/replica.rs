@@ -383,11 +383,6 @@ fn mend_page(number: u64, page: &mut [u8]) {
     }
 }
 
-/// A superblock's generation and a journal page's number that leave no room for the next one are believed by the
-/// replica if their page's checksum is right, and then it panics. Until it refuses them they are only tried when
-/// this variable is set.
-const TRY_LAST_NUMBERS: &str = "HOSTILE_LAST_NUMBERS";
-
 /// Which base, a seed, then changes: what to do, where, with what.
 pub fn run_meta(input: &[u8], seen: &mut Seen) {
     let mut source = Source::new(input);
@@ -448,18 +443,6 @@ pub fn run_meta(input: &[u8], seen: &mut Seen) {
             forged = true;
         }
         files.meta.insert(at, page.into());
-    }
-    if std::env::var_os(TRY_LAST_NUMBERS).is_none() {
-        for (at, page) in files.meta.range_mut(0..18) {
-            let field = if *at < 2 { 16 } else { 80 };
-            let number = u64::from_le_bytes(page[field..field + 8].try_into().expect("8 bytes"));
-            if number > u64::MAX / 2 {
-                let mut harmless = page.to_vec();
-                // Not mended: a bad page.
-                harmless[field + 7] &= 0x7f;
-                *page = harmless.into();
-            }
-        }
     }
     let mut rig = Rig::open(files, base.boot, base.cache_kept, seed.into());
     match rig.opened.clone().expect("opening ends") {
