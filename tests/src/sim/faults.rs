@@ -441,7 +441,7 @@ impl World {
             let r = &mut self.replicas[replica];
             if let Some((disk, watched)) = r.image.clone() {
                 (r.disk, r.watched) = (disk, watched);
-                r.watched.lost_at = now;
+                (r.watched.old, r.watched.lost_at) = (true, now);
                 self.log(|| format!("replica {replica} gets an old image"));
             }
         }

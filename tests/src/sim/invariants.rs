@@ -41,6 +41,9 @@ pub struct Watched {
     page: Content,
     pub dirty: Vec<bool>,
     dirty_page: u64,
+    /// Somebody has put old files in its place, and it has not been told yet to distrust them: what its bits say was
+    /// so once.
+    pub old: bool,
     /// When its cache was last lost, as a moment of the run.
     pub lost_at: u64,
 }
@@ -48,7 +51,7 @@ pub struct Watched {
 impl Watched {
     pub fn new(layout: &Layout) -> Self {
         let dirty = vec![true; layout.regions as usize];
-        Self { page: None, dirty, dirty_page: layout.dirty(0) / PAGE, lost_at: 0 }
+        Self { page: None, dirty, dirty_page: layout.dirty(0) / PAGE, old: false, lost_at: 0 }
     }
 }
 
@@ -135,6 +138,7 @@ impl World {
             }
             r.watched.dirty[region] = dirty;
         }
+        r.watched.old &= !r.watched.dirty.iter().all(|dirty| *dirty);
         r.watched.page = page;
     }
 
@@ -245,7 +249,10 @@ impl World {
         let known = self.volume(volume);
         let of_mirror = known.mirrors[mirror].replicas.iter().filter_map(|id| self.replica_at.get(id).copied());
         let clean: Vec<usize> = of_mirror
-            .filter(|r| !self.replicas[*r].gone && !self.replicas[*r].watched.dirty[region as usize])
+            .filter(|r| {
+                let r = &self.replicas[*r];
+                !r.gone && !r.watched.old && !r.watched.dirty[region as usize]
+            })
             .collect();
         let first = region * REGION_BLOCKS;
         let last = (first + REGION_BLOCKS).min(known.mirrors[mirror].blocks);
