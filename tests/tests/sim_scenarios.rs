@@ -597,6 +597,40 @@ fn a_replica_that_has_lost_its_files_is_filled_again() {
 }
 
 #[test]
+fn what_a_failed_sync_has_left_in_the_page_cache_of_a_killed_process_is_not_believed() {
+    for seed in 1..=10 {
+        scenario_of(seed, |w| {
+            w.open();
+            fill(w, 64);
+            w.write(0, 0, 0, 32, false);
+            w.answered();
+            let written = w.history().len() as u32;
+            w.nodes[1].faults.fail_sync = true;
+            w.flush(0, 0);
+            w.answered();
+            // Before it has opened its replica again.
+            w.run_for(50 * MS);
+            w.kill_node(1, false);
+            start(w, 1);
+            w.until("b is back", |w| w.in_sync() == [0, 1, 2]);
+            w.flush(0, 0);
+            w.answered();
+            for node in [0, 2] {
+                w.kill_node(node, false);
+            }
+            w.until("only b is left", |w| w.in_sync() == [1]);
+            w.kill_node(1, true);
+            for node in [1, 0, 2] {
+                start(w, node);
+            }
+            w.read(0, 0, 0, 32);
+            w.answered();
+            assert!(w.history().last_read().iter().all(|v| *v == written), "{written} was flushed");
+        });
+    }
+}
+
+#[test]
 fn killing_every_process_at_once_loses_nothing_that_was_acknowledged() {
     let mut power_ons = 0;
     for seed in 1..=12 {

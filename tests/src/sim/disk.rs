@@ -245,6 +245,9 @@ pub struct Disk {
     /// Pages of data that the last sync spoiled.
     spoiled: Vec<u64>,
     betrays: (u64, u64),
+    /// Some page was spoiled once: those that are written well since are told.
+    pub rotten: bool,
+    healed: Vec<u64>,
 }
 
 impl DiskFaults {
@@ -262,6 +265,8 @@ impl Disk {
             in_flight: BTreeMap::new(),
             spoiled: Vec::new(),
             betrays: (0, 0),
+            rotten: false,
+            healed: Vec::new(),
         }
     }
 
@@ -342,9 +347,9 @@ impl Disk {
         matches!(self.in_flight[&op].io, DiskIo::Sync { .. })
     }
 
-    /// Pages of data that syncs have spoiled since this was asked last.
-    pub fn take_spoiled(&mut self) -> Vec<u64> {
-        std::mem::take(&mut self.spoiled)
+    /// Pages of data that syncs have put right, and those that they have spoiled, since this was asked last.
+    pub fn take_synced(&mut self) -> (Vec<u64>, Vec<u64>) {
+        (std::mem::take(&mut self.healed), std::mem::take(&mut self.spoiled))
     }
 
     /// The pages that an operation in flight writes.
@@ -399,17 +404,24 @@ impl Disk {
 
     fn sync(&mut self, file: FileKind, mark: u64, rng: Option<&mut Rng>) {
         let (lost, misdirected) = self.betrays;
-        let (Some(rng), FileKind::Data) = (rng.filter(|_| lost + misdirected > 0), file) else {
+        let betrays = lost + misdirected > 0;
+        let (Some(rng), FileKind::Data, true) = (rng, file, betrays || self.rotten) else {
             self.file_mut(file).sync(mark, &mut |_, _| Betrayal::None);
             return;
         };
         let pages = self.data.pages.len() as u64;
-        let spoiled = self.data.sync(mark, &mut |at, content| match rng.below(1000) {
+        let healed = &mut self.healed;
+        let spoiled = self.data.sync(mark, &mut |at, content| {
             // Space that is freed is not written.
-            _ if content.is_none() => Betrayal::None,
-            n if n < lost => Betrayal::Lost,
-            n if n < lost + misdirected => Betrayal::Misdirected((at + 1 + rng.below(pages.max(2) - 1)) % pages),
-            _ => Betrayal::None,
+            let n = if betrays && content.is_some() { rng.below(1000) } else { 1000 };
+            if n < lost {
+                return Betrayal::Lost;
+            }
+            if n < lost + misdirected {
+                return Betrayal::Misdirected((at + 1 + rng.below(pages.max(2) - 1)) % pages);
+            }
+            healed.push(at);
+            Betrayal::None
         });
         self.spoiled.extend(spoiled);
     }

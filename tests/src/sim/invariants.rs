@@ -302,7 +302,12 @@ impl World {
 
     /// Spoils blocks as the disk's faults say, after a sync.
     pub(super) fn disk_betrays(&mut self, replica: usize) {
-        for page in self.replicas[replica].disk.take_spoiled() {
+        let (healed, spoiled) = self.replicas[replica].disk.take_synced();
+        let id = self.replicas[replica].volume;
+        if let Some(volume) = self.volumes.iter_mut().find(|v| v.id == id) {
+            healed.into_iter().for_each(|page| _ = volume.rot.remove(&(replica, page)));
+        }
+        for page in spoiled {
             self.counters.spoiled += 1;
             self.spoiled(replica, page);
         }

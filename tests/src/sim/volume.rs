@@ -166,6 +166,7 @@ impl World {
         self.lossless = false;
         self.log(|| format!("block {block} of replica {replica} is spoiled"));
         self.distrust(replica, block..block + 1);
+        self.replicas[replica].disk.rotten = true;
         let volume = self.replicas[replica].volume;
         self.volume_mut(volume).rot.insert((replica, block));
     }
