@@ -615,6 +615,11 @@ impl ControlCore {
                     false => self.leases.older_lease_ms(id, epoch, false, now.boot_ms),
                 };
                 let volume = volume(id)?;
+                // Asked again after another session, or the volume's deletion: what it is now is not what was opened.
+                if volume.session.epoch != epoch || volume.session.owner().is_none() {
+                    let gateway = volume.session.owner().unwrap_or_default().to_owned();
+                    return Err(Refusal::Superseded { volume: volume.name, gateway, epoch: volume.session.epoch });
+                }
                 Ok(Reply::Opened(OpenedSession { epoch, volume, old_lease_ms, previous, revision }))
             }
             Answer::Refused(refusal) => Err(refusal),
