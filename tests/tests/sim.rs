@@ -9,7 +9,7 @@ use tests::sim::{Counters, Setup, run_seed};
 const OPS: u64 = 1000;
 
 /// Runs seeds on as many threads as there are cores, each in one.
-fn run(seeds: Vec<u64>) -> Counters {
+fn run(seeds: Vec<u64>, ops: u64) -> Counters {
     let total = Mutex::new((Counters::default(), Vec::new()));
     let next = AtomicU64::new(0);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -17,7 +17,7 @@ fn run(seeds: Vec<u64>) -> Counters {
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-                    let ran = run_seed(Setup::of_seed(*seed, OPS));
+                    let ran = run_seed(Setup::of_seed(*seed, ops));
                     let mut total = total.lock().expect("nobody panics with it");
                     match ran {
                         Ok(outcome) => total.0.add(&outcome.counters),
@@ -34,7 +34,7 @@ fn run(seeds: Vec<u64>) -> Counters {
 
 #[test]
 fn no_seed_loses_or_mixes_data() {
-    let total = run((1..=80).collect());
+    let total = run((1..=80).collect(), OPS);
     assert!(total.completed > 40_000, "{total:?}");
     assert!(total.faults.len() > 28, "faults of every class are injected: {total:?}");
     assert!(total.joins > 100 && total.power_ons > 20 && total.set_changes > 150, "{total:?}");
@@ -47,4 +47,11 @@ fn a_seed_is_one_run() {
         let digest = || run_seed(Setup::of_seed(seed, OPS)).map_err(|f| f.to_string()).expect("passes").digest;
         assert_eq!(digest(), digest(), "seed {seed}");
     }
+}
+
+/// Each failed once, with so many requests; the commit that mended it tells how.
+#[test]
+fn seeds_that_found_faults_find_them_no_more() {
+    run(vec![55], OPS);
+    run(vec![20_093, 30_050, 30_079, 30_118], 5 * OPS);
 }

@@ -242,7 +242,9 @@ impl World {
         let gateway = self.a_gateway();
         let (n, g) = (Party::Node(node), Party::Gateway(gateway));
         self.log(|| format!("fault: {}", fault.name()));
-        self.lossless &= !fault.is_of_a_disk();
+        if fault.is_of_a_disk() {
+            self.lose_trust();
+        }
         match fault {
             Fault::KillNode => self.kill_for_a_while(node, false),
             Fault::PowerCut => self.kill_for_a_while(node, true),
@@ -435,7 +437,7 @@ impl World {
     /// If it is not.
     pub fn restore_images(&mut self, node: usize) {
         assert!(self.nodes[node].is_down(), "files are restored under a running process");
-        self.lossless = false;
+        self.lose_trust();
         for replica in self.replicas_of(node) {
             let now = self.moment();
             let r = &mut self.replicas[replica];

@@ -188,6 +188,9 @@ impl World {
             return;
         }
         for (i, expected) in data.chunks(PAGE as usize).enumerate() {
+            if self.volume(volume).history.is_given_up(block + i as u64) {
+                continue;
+            }
             let (mirror, at) = self.volume(volume).place(block + i as u64);
             for replica in self.members_of(volume, mirror) {
                 let r = &self.replicas[replica];

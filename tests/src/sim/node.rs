@@ -177,7 +177,7 @@ impl World {
         n.copies.clear();
         (n.wish, n.asked) = (None, None);
         if power {
-            self.lossless = false;
+            self.lose_trust();
             self.nodes[node].power_cuts += 1;
         }
         for replica in self.replicas_of(node) {
@@ -214,7 +214,7 @@ impl World {
     }
 
     fn lose_cache(&mut self, replica: usize) {
-        self.lossless = false;
+        self.lose_trust();
         let now = self.moment();
         let r = &mut self.replicas[replica];
         r.disk.lose_cache(&mut self.rng);
@@ -371,7 +371,7 @@ impl World {
 
     /// Its files are lost, the node's process being down.
     pub fn lose_files(&mut self, replica: usize) {
-        self.lossless = false;
+        self.lose_trust();
         self.log(|| format!("replica {replica} has lost its files"));
         let now = self.moment();
         let r = &mut self.replicas[replica];
@@ -501,7 +501,7 @@ impl World {
                     let r = &mut self.replicas[replica];
                     r.faulted = true;
                     let boot = r.boot;
-                    self.lossless = false;
+                    self.lose_trust();
                     self.after(REOPEN, Event::ReplicaOpens { replica, boot });
                 }
                 Output::Notice(notice) => self.log(|| format!("  replica {replica} {notice:?}")),

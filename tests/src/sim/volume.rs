@@ -161,9 +161,27 @@ impl World {
         damaged.map(|(block, _)| block as u64).collect()
     }
 
+    /// From here on disks may have lost what was not flushed. A mirror that has announced the loss of its caches and
+    /// not settled since still decides what is there: its POWER ON excuses a loss now, though it did not before.
+    pub(super) fn lose_trust(&mut self) {
+        if !std::mem::take(&mut self.lossless) {
+            return;
+        }
+        let Some(id) = self.volumes.last().map(|v| v.id) else { return };
+        let sessions = self.gateways.iter().filter_map(|g| g.session(id));
+        let unsettled: Vec<usize> = sessions
+            .flat_map(|s| s.core.status().into_iter().enumerate())
+            .filter(|(_, m)| m.unsettled > 0 || m.waits.is_some())
+            .map(|(mirror, _)| mirror)
+            .collect();
+        for mirror in unsettled {
+            self.history_of(id).power_on(mirror);
+        }
+    }
+
     /// A disk has spoiled a block without a word: its sum tells, and another copy has it (R10).
     pub(super) fn spoiled(&mut self, replica: usize, block: u64) {
-        self.lossless = false;
+        self.lose_trust();
         self.log(|| format!("block {block} of replica {replica} is spoiled"));
         self.distrust(replica, block..block + 1);
         self.replicas[replica].disk.rotten = true;
