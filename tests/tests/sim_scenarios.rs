@@ -1,7 +1,7 @@
 //! Sequences of events that break weaker designs, each by name. Every one of them ends as a seed does: everything
 //! heals, every request is answered, all replicas become equal and clean, and the history is checked.
 
-use tests::sim::{Fault, MS, Outcome, Party, SECOND, Setup, World, run_scenario};
+use tests::sim::{Fault, MS, Outcome, Party, SECOND, Setup, World, run_scenario, run_story};
 
 const A: Party = Party::Node(0);
 const B: Party = Party::Node(1);
@@ -44,13 +44,13 @@ fn a_late_copy_does_not_replace_a_newer_write() {
         // Nodes connect for their first copy; that connection is there when the paths are cut.
         leave_for_a_moment(w, C);
         fill(w, 64);
-        w.until("c is back", |w| w.members() == [0, 1, 2]);
+        w.until("c is back", |w| w.in_sync() == [0, 1, 2]);
         leave_for_a_moment(w, C);
         fill(w, 64);
         for source in [A, B] {
             w.cut(source, C);
         }
-        w.until("c is back, by way of the gateway", |w| w.members() == [0, 1, 2]);
+        w.until("c is back, by way of the gateway", |w| w.in_sync() == [0, 1, 2]);
         w.write(1, 0, 0, 64, false);
         w.answered();
         for source in [A, B] {
@@ -69,7 +69,7 @@ fn a_late_copy_does_not_replace_a_newer_write() {
 fn leave_for_a_moment(world: &mut World, party: Party) {
     let Party::Node(node) = party else { panic!("{party:?} is no node") };
     world.reset_link(0, node);
-    world.until("it has left", |w| !w.members().contains(&node));
+    world.until("it has left", |w| !w.in_sync().contains(&node));
 }
 
 #[test]
@@ -79,10 +79,10 @@ fn a_node_that_restarts_between_a_write_and_the_flush_leaves_first() {
         w.write(0, 0, 10, 8, false);
         w.answered();
         // Its process reopens the replica without its cache; the connections survive.
-        w.nodes[1].disk.faults.fail_sync = true;
+        w.nodes[1].faults.fail_sync = true;
         w.flush(0, 0);
         w.answered();
-        assert!(!w.members().contains(&1), "the flush was answered without it: {:?}", w.members());
+        assert!(!w.in_sync().contains(&1), "the flush was answered without it: {:?}", w.in_sync());
         w.kill_node(0, true);
         w.kill_node(2, true);
         w.run_for(SECOND);
@@ -96,11 +96,11 @@ fn an_addition_whose_answer_is_lost_counts_both_sets() {
     scenario(|w| {
         w.open();
         w.kill_node(2, false);
-        w.until("c has left", |w| w.members() == [0, 1]);
+        w.until("c has left", |w| w.in_sync() == [0, 1]);
         fill(w, 32);
         w.cut(Party::Control, GATEWAY);
         start(w, 2);
-        w.until("c is added, and the gateway does not know", |w| w.members() == [0, 1, 2]);
+        w.until("c is added, and the gateway does not know", |w| w.in_sync() == [0, 1, 2]);
         w.write(1, 0, 0, 4, false);
         w.run_for(200 * MS);
         w.kill_node(0, true);
@@ -135,11 +135,11 @@ fn a_write_that_a_joining_replica_missed_holds_its_join_up() {
         fill(w, 256);
         for round in 0..20 {
             w.kill_node(2, false);
-            w.until("c has left", |w| w.members() == [0, 1]);
+            w.until("c has left", |w| w.in_sync() == [0, 1]);
             w.write(0, 0, round, 16, false);
             start(w, 2);
             // Writes go on while it attaches, lists and is equalised.
-            while w.members() != [0, 1, 2] {
+            while w.in_sync() != [0, 1, 2] {
                 for client in 1..8 {
                     if w.client_is_idle(client) {
                         w.write(client, 0, round + client as u64, 8, false);
@@ -150,7 +150,7 @@ fn a_write_that_a_joining_replica_missed_holds_its_join_up() {
             w.kill_node(0, true);
             w.run_for(2 * SECOND);
             start(w, 0);
-            w.until("a is back", |w| w.members() == [0, 1, 2]);
+            w.until("a is back", |w| w.in_sync() == [0, 1, 2]);
         }
     });
 }
@@ -167,7 +167,7 @@ fn a_take_over_that_reaches_only_a_restarted_member_waits_for_the_others() {
         w.cut(Party::Gateway(1), C);
         start(w, 0);
         w.want_on(1, true);
-        w.until("the session is there", |w| w.gateways[1].takes_requests());
+        w.until("the session is there", |w| w.takes_requests(1));
         w.read(1, 1, 10, 8);
         w.run_for(20 * SECOND);
         assert!(!w.idle(), "what only a restarted member may know is not read");
@@ -184,12 +184,12 @@ fn two_losses_after_one_another_lose_no_acknowledged_write() {
             w.open();
             w.write(0, 0, 10, 8, false);
             w.answered();
-            let written = w.history.len() as u32;
+            let written = w.history().len() as u32;
             // All of this before the mirror would have flushed by itself.
             w.kill_node(0, false);
-            w.until("a has left", |w| w.members() == [1, 2]);
+            w.until("a has left", |w| w.in_sync() == [1, 2]);
             w.kill_node(1, false);
-            w.until("b has left", |w| w.members() == [2]);
+            w.until("b has left", |w| w.in_sync() == [2]);
             w.kill_node(2, true);
             w.run_for(SECOND);
             start(w, 2);
@@ -197,9 +197,9 @@ fn two_losses_after_one_another_lose_no_acknowledged_write() {
             w.answered();
             // POWER ON would excuse its loss; the flush of those that stayed, before each removal, does better.
             assert!(
-                w.history.last_read().iter().all(|v| *v == written),
+                w.history().last_read().iter().all(|v| *v == written),
                 "{written} became {:?}",
-                w.history.last_read()
+                w.history().last_read()
             );
         });
         assert_eq!(outcome.counters.recovers, 0, "nobody had to be asked");
@@ -213,19 +213,19 @@ fn what_the_last_member_acknowledged_survives_its_power_cut() {
             w.open();
             w.kill_node(0, false);
             w.kill_node(1, false);
-            w.until("only c is left", |w| w.members() == [2]);
+            w.until("only c is left", |w| w.in_sync() == [2]);
             w.write(0, 0, 10, 8, false);
             w.answered();
-            let written = w.history.len() as u32;
+            let written = w.history().len() as u32;
             w.kill_node(2, true);
             w.run_for(SECOND);
             start(w, 2);
             w.read(0, 0, 10, 8);
             w.answered();
             assert!(
-                w.history.last_read().iter().all(|v| *v == written),
+                w.history().last_read().iter().all(|v| *v == written),
                 "{written} became {:?}",
-                w.history.last_read()
+                w.history().last_read()
             );
         });
     }
@@ -243,15 +243,15 @@ fn a_gateway_that_was_cut_off_with_one_replica_reads_nothing_old() {
         }
         w.want_on(1, true);
         for _ in 0..150 {
-            if w.gateways[0].takes_requests() && w.client_is_idle(0) {
+            if w.takes_requests(0) && w.client_is_idle(0) {
                 w.read(0, 0, 0, 4);
             }
-            if w.gateways[1].takes_requests() && w.client_is_idle(1) {
+            if w.takes_requests(1) && w.client_is_idle(1) {
                 w.write(1, 1, 0, 4, false);
             }
             w.run_for(100 * MS);
         }
-        assert_eq!(w.members(), [1, 2], "the new owner went on without the one that it can't reach");
+        assert_eq!(w.in_sync(), [1, 2], "the new owner went on without the one that it can't reach");
     });
 }
 
@@ -266,7 +266,7 @@ fn a_gateway_that_slept_past_its_lease_answers_nothing() {
         w.halt(GATEWAY);
         w.run_for(8 * SECOND);
         w.want_on(1, false);
-        w.until("the other serves", |w| w.gateways[1].takes_requests());
+        w.until("the other serves", |w| w.takes_requests(1));
         w.write(3, 1, 0, 16, false);
         w.until("the write is done", |w| w.client_is_idle(3));
         w.go_on(GATEWAY);
@@ -314,7 +314,7 @@ fn a_bad_block_is_repaired_beside_writes() {
 fn an_aborted_write_is_awaited_once_it_is_out() {
     let outcome = scenario(|w| {
         w.open();
-        w.nodes[1].disk.faults.slow = 100;
+        w.nodes[1].faults.slow = 100;
         w.write(0, 0, 5, 8, false);
         w.write(1, 0, 5, 8, false);
         w.run_for(5 * MS);
@@ -342,7 +342,7 @@ fn an_outage_of_the_whole_mirror_is_followed_by_a_foreign_session() {
             start(w, node);
         }
         w.want_on(1, true);
-        w.until("the other serves", |w| w.gateways[1].takes_requests());
+        w.until("the other serves", |w| w.takes_requests(1));
         w.write(3, 1, 0, 8, false);
         w.until("the write is done", |w| w.client_is_idle(3));
         w.go_on(GATEWAY);
@@ -357,10 +357,10 @@ fn a_node_that_was_away_gets_back_about_what_it_missed() {
         fill(w, 700);
         w.until("everything is clean", |w| w.is_in_order());
         w.kill_node(2, false);
-        w.until("c has left", |w| w.members() == [0, 1]);
+        w.until("c has left", |w| w.in_sync() == [0, 1]);
         fill(w, 64);
         start(w, 2);
-        w.until("c is back", |w| w.members() == [0, 1, 2]);
+        w.until("c is back", |w| w.in_sync() == [0, 1, 2]);
         let copied = w.status(0).copied_bytes;
         assert!((64 * 4096..=77 * 4096).contains(&copied), "{copied} bytes copied for 64 blocks");
     });
@@ -373,18 +373,261 @@ fn a_restart_of_an_idle_cluster_copies_nothing() {
         fill(w, 700);
         w.close_session(0);
         w.want_on(1, false);
-        w.until("it is closed", |w| w.gateways[0].session.is_none());
+        w.until("it is closed", |w| !w.gateways[0].has_sessions());
         for node in 0..3 {
             w.kill_node(node, true);
         }
         for node in 0..3 {
             start(w, node);
         }
-        w.until("it is open again", |w| w.gateways[1].takes_requests());
+        w.until("it is open again", |w| w.takes_requests(1));
         w.run_for(10 * SECOND);
         assert_eq!(w.status(1).compared_bytes, 0);
     });
     assert_eq!((outcome.counters.copied_bytes, outcome.counters.power_ons), (0, 0));
+}
+
+#[test]
+fn an_attach_waits_for_the_writes_that_the_disk_has() {
+    scenario(|w| {
+        w.open();
+        fill(w, 64);
+        for round in 0..10 {
+            w.nodes[1].faults.slow = 200;
+            w.write(0, 0, 0, 16, false);
+            w.run_for(2 * MS);
+            // The node has given it to its disk; the gateway attaches anew, and writes the same blocks again.
+            w.reset_link(0, 1);
+            w.run_for(round * 20 * MS);
+            w.write(1, 0, 4, 16, false);
+            w.run_for(SECOND);
+            w.nodes[1].faults.slow = 0;
+            w.answered();
+            w.until("b is back", |w| w.in_sync() == [0, 1, 2]);
+            w.read(2, 0, 0, 32);
+            w.answered();
+        }
+    });
+}
+
+#[test]
+fn a_removal_that_an_old_session_asked_for_comes_to_nothing_after_a_take_over() {
+    scenario(|w| {
+        w.open();
+        fill(w, 64);
+        w.cut(GATEWAY, Party::Control);
+        w.kill_node(2, false);
+        w.write(0, 0, 0, 8, false);
+        // The old owner asks for a set without c, over and over.
+        w.run_for(2 * SECOND);
+        start(w, 2);
+        w.want_on(1, true);
+        w.until("the other serves with all of them", |w| w.takes_requests(1) && w.in_sync() == [0, 1, 2]);
+        w.join_up(GATEWAY, Party::Control);
+        w.write(1, 1, 4, 8, false);
+        w.run_for(3 * SECOND);
+        assert_eq!(w.in_sync(), [0, 1, 2]);
+    });
+}
+
+#[test]
+fn an_isolated_leader_grants_no_lease_beside_a_new_one() {
+    scenario(|w| {
+        w.open();
+        fill(w, 64);
+        // A witness, once there was time to hand the lead to one.
+        w.until("a witness leads", |w| w.leaders().iter().all(|m| *m >= 3) && w.leaders().len() == 1);
+        let old = w.leaders()[0];
+        let isolated = w.member_party(old);
+        for member in (0..5).filter(|m| *m != old) {
+            let other = w.member_party(member);
+            w.cut(isolated, other);
+            w.cut(other, isolated);
+        }
+        // The first gateway reaches the old leader only, the second one all others.
+        w.cut(Party::Gateway(1), isolated);
+        for other in (3..5).filter(|m| *m != old) {
+            let other = w.member_party(other);
+            w.cut(GATEWAY, other);
+        }
+        w.want_on(1, true);
+        for _ in 0..150 {
+            for gateway in 0..2 {
+                if w.takes_requests(gateway) && w.client_is_idle(gateway) {
+                    match gateway {
+                        0 => w.read(0, 0, 0, 4),
+                        _ => w.write(1, 1, 0, 4, false),
+                    }
+                }
+            }
+            w.run_for(100 * MS);
+        }
+        assert!(w.takes_requests(1), "the others elected one of them, and opened a session");
+    });
+}
+
+#[test]
+fn an_old_image_of_one_node_is_taken_for_new() {
+    for (seed, take_over) in [(1, false), (2, true), (3, false), (4, true)] {
+        scenario_of(seed, |w| {
+            w.open();
+            fill(w, 256);
+            w.until("everything is clean", |w| w.is_in_order());
+            w.copy_images(2);
+            for _ in 0..3 {
+                fill(w, 64);
+                w.until("everything is clean again", |w| w.is_in_order());
+            }
+            w.kill_node(2, true);
+            w.restore_images(2);
+            if take_over {
+                w.kill_gateway(0);
+                w.want_on(1, false);
+            }
+            start(w, 2);
+            let gateway = usize::from(take_over);
+            w.until("it is served", |w| w.takes_requests(gateway));
+            for first in [0, 64, 128, 192] {
+                w.read(1, gateway, first, 64);
+                w.answered();
+            }
+        });
+    }
+}
+
+#[test]
+fn voters_that_were_restored_from_an_old_image_stop_the_volume() {
+    let mut refused = 0;
+    for seed in 1..=6 {
+        let outcome = run_story(Setup::quiet(seed), |w| {
+            w.open();
+            fill(w, 64);
+            let n2 = Party::Node(2);
+            // Node 2 votes no more, but keeps its replica: like the two witnesses it will know nothing of what
+            // follows.
+            for member in [0, 1, 3, 4] {
+                let other = w.member_party(member);
+                w.cut(n2, other);
+                w.cut(other, n2);
+            }
+            w.copy_log(3);
+            w.copy_log(4);
+            for gateway in [1, 0, 1] {
+                w.want_on(gateway, true);
+                w.until("it is served", |w| w.takes_requests(gateway));
+                w.write(gateway, gateway, 0, 8, false);
+                w.until("it is written", |w| w.client_is_idle(gateway));
+            }
+            w.kill_gateway(0);
+            w.kill_gateway(1);
+            w.kill_node(0, false);
+            w.kill_node(1, false);
+            for witness in 0..2 {
+                w.kill_witness(witness);
+                w.restore_log(3 + witness);
+                w.start_member(3 + witness);
+            }
+            for member in [0, 1, 3, 4] {
+                let other = w.member_party(member);
+                w.join_up(n2, other);
+                w.join_up(other, n2);
+            }
+            w.start_gateway(0);
+            w.start_gateway(1);
+            w.run_for(20 * SECOND);
+            // Whoever opens it meets a replica that knows better.
+            for gateway in 0..2 {
+                if w.takes_requests(gateway) {
+                    w.read(4 + gateway, gateway, 0, 8);
+                }
+            }
+            w.run_for(20 * SECOND);
+        });
+        match outcome {
+            Ok(outcome) => refused += outcome.counters.refusing,
+            Err(failure) => panic!("{failure}"),
+        }
+    }
+    assert!(refused > 0, "nobody noticed");
+}
+
+#[test]
+fn a_volume_on_the_space_of_a_deleted_one_shows_nothing_of_it() {
+    let setup = Setup { stripes: 2, pool_bytes: 4 << 20, ..Setup::quiet(5) };
+    let outcome = run_scenario(setup, |w| {
+        w.open();
+        fill(w, 700);
+        for _ in 0..2 {
+            w.kill_node(1, true);
+            w.want_recreated();
+            w.run_for(3 * SECOND);
+            start(w, 1);
+            w.until("it is there again", |w| w.is_recreated() && w.is_serving());
+            for first in (0..640).step_by(64) {
+                w.read(0, 0, first, 64);
+                w.answered();
+                assert!(w.history().last_read().iter().all(|v| *v == 0), "a new volume reads as zeroes");
+            }
+            w.write(0, 0, 8, 8, false);
+            w.answered();
+        }
+    });
+    match outcome {
+        Ok(outcome) => assert_eq!(outcome.counters.recreated, 2),
+        Err(failure) => panic!("{failure}"),
+    }
+}
+
+#[test]
+fn a_replica_that_has_lost_its_files_is_filled_again() {
+    scenario(|w| {
+        w.open();
+        fill(w, 256);
+        w.kill_node(1, true);
+        for replica in w.replicas_of(1) {
+            w.lose_files(replica);
+        }
+        start(w, 1);
+        w.kill_gateway(0);
+        w.want_on(1, false);
+        w.until("b is back", |w| w.takes_requests(1) && w.in_sync() == [0, 1, 2]);
+        w.read(0, 1, 0, 64);
+        w.answered();
+    });
+}
+
+#[test]
+fn what_a_failed_sync_has_left_in_the_page_cache_of_a_killed_process_is_not_believed() {
+    for seed in 1..=10 {
+        scenario_of(seed, |w| {
+            w.open();
+            fill(w, 64);
+            w.write(0, 0, 0, 32, false);
+            w.answered();
+            let written = w.history().len() as u32;
+            w.nodes[1].faults.fail_sync = true;
+            w.flush(0, 0);
+            w.answered();
+            // Before it has opened its replica again.
+            w.run_for(50 * MS);
+            w.kill_node(1, false);
+            start(w, 1);
+            w.until("b is back", |w| w.in_sync() == [0, 1, 2]);
+            w.flush(0, 0);
+            w.answered();
+            for node in [0, 2] {
+                w.kill_node(node, false);
+            }
+            w.until("only b is left", |w| w.in_sync() == [1]);
+            w.kill_node(1, true);
+            for node in [1, 0, 2] {
+                start(w, node);
+            }
+            w.read(0, 0, 0, 32);
+            w.answered();
+            assert!(w.history().last_read().iter().all(|v| *v == written), "{written} was flushed");
+        });
+    }
 }
 
 #[test]

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use proto::cluster::{MirrorReport, RenewalOutcome, ReplicaCondition, ReplicaReport, SessionRenewal, SessionReport};
-use proto::limits::{CLOCK_DRIFT_PERMILLE, LEASE_RENEW_MS};
+use proto::limits::LEASE_RENEW_MS;
 
-use super::{Shared, unix_ms};
+use super::{Shared, decide, unix_ms};
 use crate::clock::now_ms;
 use crate::mirror::{MirrorStatus, ReplicaStatus, Standing};
 use crate::volume::VolumeCommand;
@@ -40,12 +40,11 @@ pub(super) async fn renew(shared: Arc<Shared>) {
                     };
                     match result.outcome {
                         RenewalOutcome::Granted { lease_ms } => {
-                            let until = sent + lease_ms * (1_000 - CLOCK_DRIFT_PERMILLE) / 1_000;
+                            let until = decide::lease_until(sent, lease_ms);
                             session.lease_until.fetch_max(until, Ordering::AcqRel);
                         }
                         RenewalOutcome::Refused { current } => {
-                            // While somebody is taking it over the epoch is still ours: then the lease just ends.
-                            if current.is_none_or(|c| c.epoch != session.epoch || c.owner().is_none()) {
+                            if decide::is_superseded(current.as_ref(), session.epoch) {
                                 let _ = session.commands.send(VolumeCommand::Supersede);
                             }
                         }

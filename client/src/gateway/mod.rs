@@ -2,12 +2,14 @@
 //!
 //! - `config`: what its file says;
 //! - `run` (here): registers, follows the metadata, and keeps one owner task for each volume that it should serve;
+//! - [`decide`]: what it makes of the cluster's answers;
 //! - `owner`: one volume's sessions, one after the other: open, serve, ask raft on the volume's behalf, close;
 //! - `lease`: renews the leases of all sessions together (R3);
 //! - `threads`: where volumes live, with their links and initiators;
 //! - `service`: what the command line asks of a gateway.
 
 mod config;
+pub mod decide;
 mod lease;
 mod owner;
 mod service;
@@ -18,12 +20,13 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use proto::cluster::{ClusterView, GatewayInfo, VolumeState};
+use proto::cluster::{ClusterView, GatewayInfo};
 use proto::id::VolumeId;
 use proto::pb::gateway_server::GatewayServer;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
+use self::decide::Want;
 use crate::control::{ControlClient, ControlConfig, ViewReceiver};
 use crate::iscsi::server::{Portal, Registry};
 
@@ -33,17 +36,6 @@ pub use config::{GatewayConfig, GatewayError};
 const CLOSE_PATIENCE: Duration = Duration::from_secs(25);
 /// Between attempts to reach the cluster.
 const RETRY: Duration = Duration::from_millis(500);
-
-/// What an owner task is wanted for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Want {
-    /// Open and offered to initiators.
-    Export,
-    /// Open for the command line only.
-    Open,
-    /// Closed.
-    Nothing,
-}
 
 struct Owner {
     want: watch::Sender<Want>,
@@ -164,14 +156,8 @@ async fn follow(shared: &Arc<Shared>, portal: SocketAddr, listen: SocketAddr, ow
 
 fn reconcile(shared: &Arc<Shared>, view: &ClusterView, views: &ViewReceiver, owners: &mut BTreeMap<VolumeId, Owner>) {
     owners.retain(|_, owner| !owner.task.is_finished());
-    let mut wanted: BTreeMap<VolumeId, Want> = BTreeMap::new();
-    for volume in view.volumes.iter().filter(|v| v.state == VolumeState::Ready) {
-        if volume.export.as_deref() == Some(&shared.config.name) {
-            wanted.insert(volume.id, Want::Export);
-        } else if shared.pinned().contains_key(&volume.id) {
-            wanted.insert(volume.id, Want::Open);
-        }
-    }
+    let pinned: Vec<VolumeId> = shared.pinned().keys().copied().collect();
+    let wanted = decide::wants(view, &shared.config.name, |volume| pinned.contains(&volume));
     for (volume, owner) in &*owners {
         let want = wanted.get(volume).copied().unwrap_or(Want::Nothing);
         owner.want.send_if_modified(|w| std::mem::replace(w, want) != want);

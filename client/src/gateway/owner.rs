@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use proto::cluster::{ClusterView, OpenedSession, Refusal, VolumeInfo};
 use proto::id::{Epoch, ReplicaId, SetVersion, VolumeId};
-use proto::limits::{BLOCK_SIZE, CLOCK_DRIFT_PERMILLE};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::Shared;
+use super::decide::{self, Want};
 use super::threads::Open;
-use super::{Shared, Want};
 use crate::block::DeviceInfo;
 use crate::clock::now_ms;
 use crate::control::{ControlError, ViewReceiver};
 use crate::iscsi::iqn;
-use crate::mirror::{MirrorConfig, MirrorStatus, ReplicaDef, SetDecision, StopReason};
+use crate::mirror::{MirrorStatus, SetDecision, StopReason};
 use crate::volume::{Stripe, VolumeCommand, VolumeConfig, VolumeEvent};
 
 /// Between attempts to open a volume.
@@ -64,9 +64,8 @@ pub(super) async fn own(
             },
         };
         match opened {
-            Ok(opened) if opened.epoch <= fenced => {
-                // The epoch rises above all that raft ever gave, so it has forgotten some: the voters were restored
-                // from an old image (R8). A session must not be opened until an epoch is high enough by chance.
+            Ok(opened) if decide::is_forgotten(opened.epoch, fenced) => {
+                // A session must not be opened until an epoch is high enough by chance.
                 tracing::error!(
                     %volume, epoch = %opened.epoch, known = %fenced,
                     "volume not served: a replica knows a newer session than the metadata, which is an old image"
@@ -123,10 +122,7 @@ async fn serve(
     let mut close = Some(close);
     let lease_until = Arc::new(AtomicU64::new(0));
     let status: Arc<Mutex<Vec<MirrorStatus>>> = Arc::default();
-    let old_lease_until = match opened.old_lease_ms {
-        0 => 0,
-        ms => now_ms() + ms * (1_000 + CLOCK_DRIFT_PERMILLE) / 1_000,
-    };
+    let old_lease_until = decide::old_lease_until(now_ms(), opened.old_lease_ms);
     let config = volume_config(shared, &views.borrow(), &opened, old_lease_until, &lease_until, &status);
     tracing::info!(volume = %opened.volume.name, %epoch, old_lease_ms = opened.old_lease_ms, "session opened");
     shared.threads.open(Open {
@@ -216,28 +212,6 @@ fn volume_config(
 ) -> VolumeConfig {
     let volume = &opened.volume;
     let chunk = u64::from(volume.chunk_size);
-    let data_addr = |node| view.members.iter().find(|m| m.id == node).map(|m| m.data_addr.clone());
-    let mirrors = volume.mirrors.iter().map(|mirror| MirrorConfig {
-        mirror: mirror.id,
-        epoch: opened.epoch,
-        blocks: mirror.size / BLOCK_SIZE,
-        chunk_blocks: chunk / BLOCK_SIZE,
-        replicas: (mirror.replicas.iter())
-            .map(|r| ReplicaDef {
-                replica: r.id,
-                node: r.node,
-                // A view from before the node registered has no address yet; the link then says so and retries.
-                data_addr: data_addr(r.node).unwrap_or_default(),
-            })
-            .collect(),
-        version: mirror.in_sync.version,
-        members: mirror.in_sync.members.clone(),
-        awaited: mirror.in_sync.awaited.clone(),
-        min_in_sync: volume.min_in_sync as usize,
-        write_cache: volume.write_cache,
-        old_lease_until,
-        hash_seed: hash_seed(),
-    });
     VolumeConfig {
         cluster: view.id,
         volume: volume.id,
@@ -251,7 +225,7 @@ fn volume_config(
             write_cache: volume.write_cache,
         },
         stripe: Stripe { chunk, width: volume.mirrors.len() as u64 },
-        mirrors: mirrors.collect(),
+        mirrors: decide::mirror_configs(view, opened, old_lease_until, hash_seed),
         lease_until: lease_until.clone(),
         status: status.clone(),
     }
@@ -285,29 +259,21 @@ async fn decide_set(
     };
     let mut told = false;
     loop {
-        let error = match control
-            .change_set(request, volume, mirror, epoch, expected, members.clone(), awaited.clone())
-            .await
-        {
-            Ok(set) => return SetDecision::Committed(set.version),
-            Err(error) => error,
+        let answer =
+            control.change_set(request, volume, mirror, epoch, expected, members.clone(), awaited.clone()).await;
+        let refusal = match &answer {
+            Ok(set) => Some(Ok(set)),
+            Err(error) => error.refusal().map(Err),
         };
-        match error.refusal() {
-            Some(Refusal::SetChanged { current, .. }) => {
-                return SetDecision::Refused {
-                    version: current.version,
-                    members: current.members.clone(),
-                    awaited: current.awaited.clone(),
-                };
-            }
-            Some(Refusal::Superseded { .. } | Refusal::NotFound { .. }) => return SetDecision::Superseded,
-            Some(Refusal::Forgotten { .. }) => {
-                // Decided long ago: what is committed now tells how.
-                if let Some(decision) = read_decision(shared, volume, mirror, epoch, &members, expected).await {
-                    return decision;
-                }
-            }
-            _ => {}
+        if let Some(decision) = refusal.and_then(decide::set_decision) {
+            return decision;
+        }
+        let Err(error) = answer else { unreachable!("a set that was changed is decided") };
+        if let Some(Refusal::Forgotten { .. }) = error.refusal()
+            && let Ok(status) = control.status(false).await
+            && let Some(decision) = decide::decided_before(&status.view, volume, mirror, epoch, &members, expected)
+        {
+            return decision;
         }
         if session.is_closed() {
             return SetDecision::Superseded;
@@ -318,26 +284,6 @@ async fn decide_set(
         }
         tokio::time::sleep(ASK_AGAIN).await;
     }
-}
-
-async fn read_decision(
-    shared: &Shared,
-    volume: VolumeId,
-    mirror: proto::id::MirrorId,
-    epoch: Epoch,
-    members: &[ReplicaId],
-    expected: SetVersion,
-) -> Option<SetDecision> {
-    let status = shared.control.status(false).await.ok()?;
-    let Some(volume) = status.view.volume(volume).filter(|v| v.session.epoch == epoch) else {
-        return Some(SetDecision::Superseded);
-    };
-    let set = &volume.mirror(mirror)?.in_sync;
-    Some(if set.version == expected.next() && set.members == members {
-        SetDecision::Committed(set.version)
-    } else {
-        SetDecision::Refused { version: set.version, members: set.members.clone(), awaited: set.awaited.clone() }
-    })
 }
 
 /// Tells the cluster that the session is over, as far as it answers.

@@ -219,7 +219,7 @@ impl Volume {
                 SessionOutput::ProposeSet { mirror, version, members, awaited } => {
                     let _ = self.events.send(VolumeEvent::ProposeSet { mirror, version, members, awaited });
                 }
-                SessionOutput::PowerOn => self.state.send_modify(|s| s.power_on += 1),
+                SessionOutput::PowerOn { .. } => self.state.send_modify(|s| s.power_on += 1),
                 SessionOutput::Stop(reason) => {
                     tracing::error!(volume = %self.config.device.name, epoch = %self.config.epoch, %reason, "session ended");
                     inner.deferred.clear();

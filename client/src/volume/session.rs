@@ -74,7 +74,9 @@ pub enum SessionOutput {
         awaited: Vec<ReplicaId>,
     },
     /// Every cache of a mirror was lost (R8).
-    PowerOn,
+    PowerOn {
+        mirror: usize,
+    },
     Stop(StopReason),
     /// Close is done on every mirror.
     Closed {
@@ -197,6 +199,11 @@ impl VolumeSession {
         self.mirrors.iter().map(Mirror::status).collect()
     }
 
+    /// The mirrors, in stripe order, for whoever watches over them.
+    pub fn mirrors(&self) -> &[Mirror] {
+        &self.mirrors
+    }
+
     fn all(&mut self, now: u64, input: &Input, out: &mut Vec<SessionOutput>) {
         for mirror in 0..self.mirrors.len() {
             self.mirror(now, mirror, input.clone(), out);
@@ -226,7 +233,7 @@ impl VolumeSession {
                 Output::ProposeSet { version, members, awaited } => {
                     out.push(SessionOutput::ProposeSet { mirror, version, members, awaited });
                 }
-                Output::PowerOn => out.push(SessionOutput::PowerOn),
+                Output::PowerOn => out.push(SessionOutput::PowerOn { mirror }),
                 Output::Stop(reason) => {
                     // Nothing is answered any more, not even what has ended (R1).
                     self.stopped = true;

@@ -145,12 +145,21 @@ impl NodeAgent {
     }
 
     async fn once(&mut self, shown: &mut watch::Receiver<Shown>, measure: bool) {
-        let view = shown.borrow_and_update().view.clone();
+        let (mut view, confirmed) = {
+            let shown = shown.borrow_and_update();
+            (shown.view.clone(), shown.confirmed)
+        };
         if view.member(self.config.id).is_none() {
             return;
         }
-        self.addresses(&view).await;
+        self.addresses(&view, !confirmed && self.host.is_some()).await;
         let Some(host) = self.host.clone() else { return };
+        if !confirmed {
+            match shown.wait_for(|shown| shown.confirmed).await {
+                Ok(shown) => view = shown.view.clone(),
+                Err(_) => return,
+            }
+        }
         let unknown = !view.pools.iter().any(|pool| pool.node == self.config.id);
         if measure || unknown {
             self.pools(&view, &*host).await;
@@ -162,7 +171,11 @@ impl NodeAgent {
 
     /// Proposes a change of address where the configuration says another than the metadata. A port 0 was only
     /// ever given to be replaced: the definition knows the real one.
-    async fn addresses(&self, view: &ClusterView) {
+    ///
+    /// With `confirm` it proposes them in any case. Once that is applied here the metadata are as new as this
+    /// process: before, the log's snapshot may say that a replica is to be created which has been created, lost and
+    /// replaced, or deleted, since.
+    async fn addresses(&self, view: &ClusterView, confirm: bool) {
         let Some(member) = view.member(self.config.id) else { return };
         let listens = |known: &str, addr: std::net::SocketAddr| match addr.port() == 0 || addr.ip().is_unspecified() {
             true => known.to_owned(),
@@ -173,7 +186,7 @@ impl NodeAgent {
             Some(addr) => listens(&member.data_addr, addr),
             None => String::new(),
         };
-        if control_addr != member.control_addr || data_addr != member.data_addr {
+        if confirm || control_addr != member.control_addr || data_addr != member.data_addr {
             let command = Command::UpdateMember { node: self.config.id, control_addr, data_addr };
             self.carry_out(command).await;
         }

@@ -118,7 +118,7 @@ pub enum Output {
     Persist(Box<Persist>),
     /// Answer.
     Answer(Ticket, Result<Reply, Refusal>),
-    /// The metadata's revision or whether a leader is known has changed.
+    /// The metadata's revision has changed, or who leads, or [`ControlCore::is_confirmed`].
     Changed,
     /// A peer sent what cannot be: to be logged.
     BadMessage(crate::raft::core::BadMessage),
@@ -182,7 +182,9 @@ pub struct ControlCore {
     reports: BTreeMap<VolumeId, Report>,
     leading_since_unix_ms: Option<u64>,
     proposed_init: Option<u64>,
-    shown: (u64, Option<u64>),
+    /// A command that was asked for here has been applied here: what is applied is no older than this process.
+    is_confirmed: bool,
+    shown: (u64, Option<u64>, bool),
     /// Quorum rounds that ended, and the index to be applied before they may be answered.
     confirmed: Vec<(u64, u64)>,
 }
@@ -212,7 +214,8 @@ impl ControlCore {
             reports: BTreeMap::new(),
             leading_since_unix_ms: None,
             proposed_init: None,
-            shown: (0, None),
+            is_confirmed: false,
+            shown: (0, None, false),
             confirmed: Vec::new(),
         })
     }
@@ -228,6 +231,11 @@ impl ControlCore {
     /// This member.
     pub fn id(&self) -> NodeId {
         self.id
+    }
+    /// Whether what is applied is at least as new as the start of this process. A member begins with what its log's
+    /// snapshot says, and may know a leader long before it knows what was committed since.
+    pub fn is_confirmed(&self) -> bool {
+        self.is_confirmed
     }
     /// The cluster as it was formed.
     pub fn definition(&self) -> &ClusterDefinition {
@@ -348,6 +356,8 @@ impl ControlCore {
         // An answer once applied is definite, wherever it is read.
         if let Some(answer) = id.and_then(|id| self.machine.answer(id)).cloned() {
             let reply = self.reply(now, answer);
+            // Passed on by nobody but this process itself, whose request is no older than it.
+            self.is_confirmed |= matches!(request, Request::Forward(..));
             return out.push(Output::Answer(ticket, reply));
         }
         if !matches!(request, Request::Forward(..)) {
@@ -524,7 +534,7 @@ impl ControlCore {
                 }));
             }
         }
-        let shows = (self.machine.revision(), self.raft.leader());
+        let shows = (self.machine.revision(), self.raft.leader(), self.is_confirmed);
         if self.shown != shows {
             self.shown = shows;
             out.push(Output::Changed);
@@ -595,6 +605,7 @@ impl ControlCore {
             self.leases.closed(volume, epoch);
         }
         for ticket in self.by_request.remove(&request).unwrap_or_default() {
+            self.is_confirmed = true;
             let reply = self.reply(now, answer.clone());
             self.answer(ticket, reply, out);
         }
@@ -618,6 +629,11 @@ impl ControlCore {
                     false => self.leases.older_lease_ms(id, epoch, false, now.boot_ms),
                 };
                 let volume = volume(id)?;
+                // Asked again after another session, or the volume's deletion: what it is now is not what was opened.
+                if volume.session.epoch != epoch || volume.session.owner().is_none() {
+                    let gateway = volume.session.owner().unwrap_or_default().to_owned();
+                    return Err(Refusal::Superseded { volume: volume.name, gateway, epoch: volume.session.epoch });
+                }
                 Ok(Reply::Opened(OpenedSession { epoch, volume, old_lease_ms, previous, revision }))
             }
             Answer::Refused(refusal) => Err(refusal),

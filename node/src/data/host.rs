@@ -99,21 +99,21 @@ impl ReplicaHost for Host {
 }
 
 /// Opens what was made before and is placed here, as soon as the metadata says so. A lost replica is made anew only
-/// while a leader is known: what was applied before that may name volumes that are gone.
+/// when the metadata are confirmed: what was applied before that may name volumes that are gone.
 async fn open_placed(plane: Arc<DataPlane>, node: NodeId, mut shown: watch::Receiver<Shown>) {
     let mut open: BTreeSet<ReplicaId> = BTreeSet::new();
     let mut told: BTreeSet<(ReplicaId, String)> = BTreeSet::new();
     loop {
-        let (view, led) = {
+        let (view, confirmed) = {
             let shown = shown.borrow_and_update();
-            (shown.view.clone(), shown.leader.is_some())
+            (shown.view.clone(), shown.confirmed)
         };
         let mut failed = false;
         for placed in assignments(&view, node) {
             if placed.wish != (ReplicaWish::Keep { created: true }) || open.contains(&placed.replica) {
                 continue;
             }
-            match plane.open_replica(spec(&placed), led).await {
+            match plane.open_replica(spec(&placed), confirmed).await {
                 Ok(()) => {
                     open.insert(placed.replica);
                 }

@@ -226,15 +226,12 @@ impl DataPlane {
         }
         let (files, found) = self.files(&spec, true).await?;
         let new = if spec.all_dirty { Create::AllDirty } else { Create::Clean };
-        // Data without metadata was somebody's: it is kept, and nobody trusts it.
-        let create = if found.data { Create::Rebuilt } else { new };
+        let create = made_as(found, new);
         if !found.meta {
             return self.make(&spec, files, create).await;
         }
         match self.open(&spec, files.clone(), How::Open).await {
-            Err(ReplicaProblem::Open {
-                error: OpenError::NoSuperblock { .. } | OpenError::Truncated { .. }, ..
-            }) => self.make(&spec, files, create).await,
+            Err(ReplicaProblem::Open { error, .. }) if is_unmade(&error) => self.make(&spec, files, create).await,
             other => other,
         }
     }
@@ -267,7 +264,7 @@ impl DataPlane {
             }
             other => other?,
         };
-        let create = if found.data { Create::Rebuilt } else { Create::Lost };
+        let create = made_as(found, Create::Lost);
         let error = match found.meta {
             false => OpenError::NoSuperblock { empty: true },
             true => match self.open(spec, files.clone(), How::Open).await {
@@ -276,7 +273,7 @@ impl DataPlane {
             },
         };
         match error {
-            OpenError::NoSuperblock { .. } | OpenError::Truncated { .. } if may_rebuild => {
+            error if may_rebuild && is_unmade(&error) => {
                 tracing::error!(replica = %spec.replica, pool = %spec.pool, %error,
                     "replica's metadata is lost: made anew, to be resynchronised");
                 self.make(spec, files, create).await
@@ -453,6 +450,16 @@ impl Drop for DataPlane {
     fn drop(&mut self) {
         self.stop_and_wait();
     }
+}
+
+/// As what a replica without metadata is made. Data without metadata was somebody's: it is kept, and nobody trusts it.
+pub fn made_as(found: Found, otherwise: Create) -> Create {
+    if found.data { Create::Rebuilt } else { otherwise }
+}
+
+/// Whether there is no replica in the files, or no more of one than can be thrown away.
+pub fn is_unmade(error: &OpenError) -> bool {
+    matches!(error, OpenError::NoSuperblock { .. } | OpenError::Truncated { .. })
 }
 
 fn join(handle: JoinHandle<()>) {

@@ -646,6 +646,9 @@ impl Thread {
             Command::Adopt { .. } => unreachable!("handled by the thread's loop"),
             Command::Open { spec, files, how, done } => {
                 let cell = self.cell(spec);
+                // A process that was killed after a failed sync, and before it could reopen the replica, has left
+                // pages behind that look as if they were on the disk. No later sync would write them.
+                files.drop_cache();
                 let lengths = match files.lengths() {
                     Ok(lengths) => lengths,
                     Err(error) => {

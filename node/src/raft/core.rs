@@ -670,7 +670,7 @@ mod tests {
         (metadata.index, metadata.term) = (9, 2);
         metadata.mut_conf_state().voters = vec![1, 2, 3];
         let mut far = learner.clone();
-        metadata.mut_conf_state().learners = vec![3];
+        learner.mut_snapshot().mut_metadata().mut_conf_state().learners = vec![3];
         far.mut_snapshot().mut_metadata().index = u64::MAX;
         let mut timeless = message(MessageType::MsgAppend, 2, 3);
         timeless.commit = 1;

@@ -52,6 +52,8 @@ pub struct Shown {
     pub view: Arc<ClusterView>,
     /// Who leads.
     pub leader: Option<(NodeId, String)>,
+    /// The view is at least as new as the start of this process.
+    pub confirmed: bool,
 }
 
 /// Speaks to the driver. Cheap to clone.
@@ -161,7 +163,7 @@ pub fn start(
 
 fn show(core: &ControlCore) -> Shown {
     let leader = core.leader();
-    Shown { view: Arc::new(core.machine().view(leader.is_none())), leader }
+    Shown { view: Arc::new(core.machine().view(leader.is_none())), leader, confirmed: core.is_confirmed() }
 }
 
 /// The log's thread.

@@ -48,7 +48,7 @@ impl Piece {
     /// # Errors
     /// Tells what was asked of the sector that could not be so.
     fn check(&self) -> Result<(), String> {
-        let Err(why) = self.history.check(SECTORS) else { return Ok(()) };
+        let Err(why) = self.history.check(SECTORS, |_| 0) else { return Ok(()) };
         let mut text = format!("piece {}: {why}; asked of it at its end:", self.number);
         let story = self.history.wrong_sector(SECTORS).map(|sector| self.history.story(sector)).unwrap_or_default();
         for (number, line) in &story {
@@ -225,7 +225,7 @@ impl Shared {
             match asked {
                 Asked::Read => session.read(at, count as u32).await,
                 Asked::Write => {
-                    session.write(at, bytes_of(tag | number, at, count), durable).await.map(|()| bytes::Bytes::new())
+                    session.write(at, bytes_of(tag | number, at, count, 0), durable).await.map(|()| bytes::Bytes::new())
                 }
                 Asked::Zero => session.write_zeroes(at, count as u32, true).await.map(|()| bytes::Bytes::new()),
                 Asked::Flush => session.sync_cache().await.map(|()| bytes::Bytes::new()),
@@ -255,7 +255,7 @@ impl Shared {
     }
 
     fn values(&self, at: u64, data: &[u8], tag: Value) -> Result<Vec<Value>, String> {
-        let mut values = values_of(at, data)?;
+        let mut values = values_of(at, data, 0).map_err(|(_, why)| why)?;
         for (sector, value) in (at..).zip(&mut values) {
             if *value != 0 && *value >> NUMBER_BITS << NUMBER_BITS != tag {
                 let (piece, current) = (*value >> NUMBER_BITS, tag >> NUMBER_BITS);

@@ -19,13 +19,16 @@ pub type Content = Option<Bytes>;
 #[derive(Clone, Debug, Default)]
 struct Page {
     durable: Content,
+    /// What a failed sync has left in the page cache: it is read, and no later sync writes it.
+    stranded: Option<Content>,
     /// Written since, oldest first; the last one is what a read sees.
     volatile: Vec<(u64, Content)>,
 }
 
 impl Page {
     fn cached(&self) -> &Content {
-        self.volatile.last().map_or(&self.durable, |(_, content)| content)
+        let clean = self.stranded.as_ref().unwrap_or(&self.durable);
+        self.volatile.last().map_or(clean, |(_, content)| content)
     }
 }
 
@@ -91,22 +94,57 @@ impl SimFile {
         out
     }
 
-    /// Everything written up to number `mark` reaches the medium.
-    fn sync(&mut self, mark: u64) {
+    /// Everything written up to number `mark` reaches the medium; but for what `betray` names, which the disk says it
+    /// has, and either drops or puts elsewhere. Returns the pages that were spoiled by that.
+    fn sync(&mut self, mark: u64, betray: &mut dyn FnMut(u64, &Content) -> Betrayal) -> Vec<u64> {
+        let pages = &mut self.pages;
+        let mut strayed: Vec<(u64, Content)> = Vec::new();
+        let mut spoiled = Vec::new();
+        self.unsynced.retain(|at| {
+            let page = &mut pages[*at as usize];
+            let n = page.volatile.iter().take_while(|(seq, _)| *seq <= mark).count();
+            if let Some((_, content)) = page.volatile.drain(..n).next_back() {
+                page.stranded = None;
+                match betray(*at, &content) {
+                    Betrayal::None => page.durable = content,
+                    Betrayal::Lost => spoiled.push(*at),
+                    Betrayal::Misdirected(to) => {
+                        spoiled.push(*at);
+                        strayed.push((to, content));
+                    }
+                }
+            }
+            !page.volatile.is_empty()
+        });
+        for (to, content) in strayed {
+            pages[to as usize].durable = content;
+            spoiled.push(to);
+        }
+        spoiled
+    }
+
+    /// A sync fails: nobody writes these pages any more, and they look as if they were on the medium.
+    fn strand(&mut self, mark: u64) {
         let pages = &mut self.pages;
         self.unsynced.retain(|at| {
             let page = &mut pages[*at as usize];
             let n = page.volatile.iter().take_while(|(seq, _)| *seq <= mark).count();
             if let Some((_, content)) = page.volatile.drain(..n).next_back() {
-                page.durable = content;
+                page.stranded = Some(content);
             }
             !page.volatile.is_empty()
         });
     }
 
+    /// What looks clean is forgotten, so that what is read next is what the medium holds.
+    fn drop_clean(&mut self) {
+        self.pages.iter_mut().for_each(|page| page.stranded = None);
+    }
+
     /// The cache is lost: of each page any version that was written since the last sync may be on the medium, or
     /// sectors of several.
     fn lose(&mut self, rng: &mut Rng) {
+        self.drop_clean();
         let mode = rng.below(4);
         for at in std::mem::take(&mut self.unsynced) {
             let page = &mut self.pages[at as usize];
@@ -144,6 +182,14 @@ impl SimFile {
     }
 }
 
+/// What a disk makes of a page that it says it has written.
+enum Betrayal {
+    None,
+    Lost,
+    /// It lies at another page now.
+    Misdirected(u64),
+}
+
 /// A page with some sectors of one version and some of another.
 fn torn(a: &Content, b: &Content, rng: &mut Rng) -> Content {
     if a == b {
@@ -159,7 +205,7 @@ fn torn(a: &Content, b: &Content, rng: &mut Rng) -> Content {
 }
 
 /// How a disk behaves now.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskFaults {
     /// Every operation takes so many times as long.
     pub slow: u64,
@@ -172,6 +218,9 @@ pub struct DiskFaults {
     pub full: bool,
     /// The next sync fails.
     pub fail_sync: bool,
+    /// In a thousand: pages of data that the disk says it has and drops, or puts elsewhere.
+    pub lost_writes: u64,
+    pub misdirected: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -193,7 +242,19 @@ pub struct Disk {
     pub data: SimFile,
     pub meta: SimFile,
     in_flight: BTreeMap<OpId, InFlight>,
-    pub faults: DiskFaults,
+    /// Pages of data that the last sync spoiled.
+    spoiled: Vec<u64>,
+    betrays: (u64, u64),
+    /// Some page was spoiled once: those that are written well since are told.
+    pub rotten: bool,
+    healed: Vec<u64>,
+}
+
+impl DiskFaults {
+    /// All is well.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Disk {
@@ -202,7 +263,10 @@ impl Disk {
             data: SimFile::new(data_bytes),
             meta: SimFile::new(meta_bytes),
             in_flight: BTreeMap::new(),
-            faults: DiskFaults::default(),
+            spoiled: Vec::new(),
+            betrays: (0, 0),
+            rotten: false,
+            healed: Vec::new(),
         }
     }
 
@@ -220,19 +284,32 @@ impl Disk {
         }
     }
 
+    /// What is on the medium, for whoever copies it.
+    pub fn durable_copy(&self) -> Self {
+        let durable = |file: &SimFile| {
+            let mut copy = SimFile::new(file.bytes());
+            for (page, old) in copy.pages.iter_mut().zip(&file.pages) {
+                page.durable = old.durable.clone();
+            }
+            copy
+        };
+        Self { data: durable(&self.data), meta: durable(&self.meta), ..Self::new(0, 0) }
+    }
+
     /// Whether writes of data are with the disk. Punches may be: a replica frees what holds nothing on its own.
     pub fn writes_in_flight(&self) -> bool {
         self.in_flight.values().any(|f| matches!(f.io, DiskIo::Write { file: FileKind::Data, .. }))
     }
 
     /// Takes an operation; says how long it will take and what it has changed already.
-    pub fn begin(&mut self, op: OpId, io: DiskIo, rng: &mut Rng) -> (u64, Changed) {
-        let faults = self.faults;
+    pub fn begin(&mut self, op: OpId, io: DiskIo, host: &mut DiskFaults, rng: &mut Rng) -> (u64, Changed) {
+        let faults = *host;
+        self.betrays = (faults.lost_writes, faults.misdirected);
         let is_data =
             !matches!(&io, DiskIo::Write { file: FileKind::Meta, .. } | DiskIo::Read { file: FileKind::Meta, .. });
         let (mut micros, failing) = match &io {
             DiskIo::Sync { .. } => {
-                let failing = std::mem::take(&mut self.faults.fail_sync).then_some(DiskError::Io);
+                let failing = std::mem::take(&mut host.fail_sync).then_some(DiskError::Io);
                 (rng.tail(300, 20_000), failing)
             }
             DiskIo::Read { .. } => {
@@ -260,6 +337,21 @@ impl Disk {
         (micros, changed)
     }
 
+    /// The metadata file is made anew, empty, and durable as such.
+    pub fn wipe_meta(&mut self) {
+        self.meta = SimFile::new(self.meta.bytes());
+    }
+
+    /// Whether an operation in flight is a sync.
+    pub fn is_sync(&self, op: OpId) -> bool {
+        matches!(self.in_flight[&op].io, DiskIo::Sync { .. })
+    }
+
+    /// Pages of data that syncs have put right, and those that they have spoiled, since this was asked last.
+    pub fn take_synced(&mut self) -> (Vec<u64>, Vec<u64>) {
+        (std::mem::take(&mut self.healed), std::mem::take(&mut self.spoiled))
+    }
+
     /// The pages that an operation in flight writes.
     pub fn would_change(&self, op: OpId) -> Changed {
         match &self.in_flight[&op].io {
@@ -272,12 +364,20 @@ impl Disk {
     pub fn end(&mut self, op: OpId, rng: &mut Rng) -> (Result<DiskData, DiskError>, Changed) {
         let flight = self.in_flight.remove(&op).expect("a disk operation ends once");
         if let Some(error) = flight.failing {
+            if let DiskIo::Sync { file } = flight.io {
+                self.file_mut(file).strand(flight.mark);
+                return (Err(error), None);
+            }
             // What a failed write leaves is anybody's guess.
             let changed = if rng.chance(500) { self.perform_in_part(&flight.io, rng) } else { None };
             return (Err(error), changed);
         }
         if let Some(data) = flight.early {
             return (Ok(data), None);
+        }
+        if let DiskIo::Sync { file } = flight.io {
+            self.sync(file, flight.mark, Some(rng));
+            return (Ok(DiskData::None), None);
         }
         let (data, changed) = self.perform(&flight);
         (Ok(data), changed)
@@ -296,10 +396,34 @@ impl Disk {
                 (DiskData::None, Some((FileKind::Data, offset / PAGE..(offset + len) / PAGE)))
             }
             DiskIo::Sync { file } => {
-                self.file_mut(*file).sync(flight.mark);
+                self.sync(*file, flight.mark, None);
                 (DiskData::None, None)
             }
         }
+    }
+
+    fn sync(&mut self, file: FileKind, mark: u64, rng: Option<&mut Rng>) {
+        let (lost, misdirected) = self.betrays;
+        let betrays = lost + misdirected > 0;
+        let (Some(rng), FileKind::Data, true) = (rng, file, betrays || self.rotten) else {
+            self.file_mut(file).sync(mark, &mut |_, _| Betrayal::None);
+            return;
+        };
+        let pages = self.data.pages.len() as u64;
+        let healed = &mut self.healed;
+        let spoiled = self.data.sync(mark, &mut |at, content| {
+            // Space that is freed is not written.
+            let n = if betrays && content.is_some() { rng.below(1000) } else { 1000 };
+            if n < lost {
+                return Betrayal::Lost;
+            }
+            if n < lost + misdirected {
+                return Betrayal::Misdirected((at + 1 + rng.below(pages.max(2) - 1)) % pages);
+            }
+            healed.push(at);
+            Betrayal::None
+        });
+        self.spoiled.extend(spoiled);
     }
 
     /// Some of a write's pages, for one that failed or was cut off.
@@ -336,6 +460,12 @@ impl Disk {
             });
         }
         changed
+    }
+
+    /// The page cache is asked to forget what needs no writing.
+    pub fn drop_clean(&mut self) {
+        self.data.drop_clean();
+        self.meta.drop_clean();
     }
 
     /// Power is gone, or the cache was dropped after a failed sync.

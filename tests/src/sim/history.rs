@@ -7,8 +7,10 @@
 //! or not, at any time after it was asked for.
 //!
 //! At each POWER ON (R8) the disk may go back: what was acknowledged and not flushed may be lost, once. The history
-//! is cut there, and the next piece begins with any one value that a flush has not made impossible (R9). Not so where
-//! all that happened is that processes were killed: the page cache and the allocation journals keep everything then.
+//! is cut there, and the next piece begins with any one value that a flush has not made impossible (R9). It is the
+//! caller who says whether a POWER ON excuses anything: not where all that happened is that processes were killed,
+//! since the page cache and the allocation journals keep everything then; and with R9's replay buffer only where the
+//! session that acknowledged has ended (see `Setup::replay`). Each mirror of a volume loses its caches by itself.
 
 use std::collections::BTreeMap;
 
@@ -60,17 +62,26 @@ struct Record {
 #[derive(Debug, Default)]
 pub struct History {
     records: Vec<Record>,
-    power_ons: Vec<u64>,
+    /// When, and which mirror of the volume.
+    power_ons: Vec<(u64, usize)>,
     moment: u64,
+    /// Distinguishes this volume's bytes from another's that lay on the same space.
+    salt: u64,
+    /// Blocks of which nothing is claimed any more, and since when.
+    given_up: BTreeMap<u64, u64>,
+}
+
+fn fill_of(value: u64, sector: u64, salt: u64) -> u64 {
+    value.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ sector ^ salt << 48
 }
 
 /// The bytes of `count` sectors from `first` as the write with this number writes them.
-pub fn bytes_of(value: Value, first: u64, count: u64) -> Bytes {
+pub fn bytes_of(value: Value, first: u64, count: u64, salt: u64) -> Bytes {
     let mut out = BytesMut::with_capacity(count as usize * SECTOR);
     for sector in first..first + count {
         out.put_u64_le(value.into());
         out.put_u64_le(sector);
-        let fill = u64::from(value).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ sector;
+        let fill = fill_of(value.into(), sector, salt);
         for _ in 2..SECTOR / 8 {
             out.put_u64_le(fill);
         }
@@ -82,7 +93,7 @@ pub fn bytes_of(value: Value, first: u64, count: u64) -> Bytes {
 ///
 /// # Errors
 /// Names a sector that holds what nobody wrote there.
-pub fn values_of(first: u64, data: &[u8]) -> Result<Vec<Value>, String> {
+pub fn values_of(first: u64, data: &[u8], salt: u64) -> Result<Vec<Value>, (u64, String)> {
     let word = |bytes: &[u8], i: usize| u64::from_le_bytes(bytes[i * 8..i * 8 + 8].try_into().expect("eight bytes"));
     let mut values = Vec::with_capacity(data.len() / SECTOR);
     for (i, bytes) in data.chunks(SECTOR).enumerate() {
@@ -91,12 +102,12 @@ pub fn values_of(first: u64, data: &[u8]) -> Result<Vec<Value>, String> {
         let good = match value {
             0 => word(bytes, 1) == 0 && word(bytes, 63) == 0,
             v => {
-                let fill = v.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ sector;
+                let fill = fill_of(v, sector, salt);
                 word(bytes, 1) == sector && word(bytes, 2) == fill && word(bytes, 63) == fill
             }
         };
         if !good {
-            return Err(format!("sector {sector} holds {value} as if it were of sector {}", word(bytes, 1)));
+            return Err((sector, format!("sector {sector} holds {value} as if it were of sector {}", word(bytes, 1))));
         }
         values.push(value as Value);
     }
@@ -104,6 +115,32 @@ pub fn values_of(first: u64, data: &[u8]) -> Result<Vec<Value>, String> {
 }
 
 impl History {
+    /// A volume's, which has this number among those of the run.
+    pub fn new(salt: u64) -> Self {
+        Self { salt, ..Self::default() }
+    }
+
+    /// See [`bytes_of`].
+    pub fn salt(&self) -> u64 {
+        self.salt
+    }
+
+    /// Every copy of this block was damaged at once: nothing is claimed of it from here on.
+    pub fn give_up_block(&mut self, block: u64) {
+        let now = self.now();
+        self.given_up.entry(block).or_insert(now);
+    }
+
+    /// Whether nothing is claimed of a block.
+    pub fn is_given_up(&self, block: u64) -> bool {
+        self.given_up.contains_key(&block)
+    }
+
+    /// Blocks of which nothing is claimed.
+    pub fn given_up(&self) -> usize {
+        self.given_up.len()
+    }
+
     fn now(&mut self) -> u64 {
         self.moment += 1;
         self.moment
@@ -138,10 +175,10 @@ impl History {
         self.records[number as usize - 1].given_up = Some(now);
     }
 
-    /// POWER ON was announced.
-    pub fn power_on(&mut self) {
+    /// POWER ON was announced for one mirror, and may have lost what was not flushed there.
+    pub fn power_on(&mut self, mirror: usize) {
         let now = self.now();
-        self.power_ons.push(now);
+        self.power_ons.push((now, mirror));
     }
 
     pub fn len(&self) -> usize {
@@ -170,15 +207,15 @@ impl History {
 
     /// The first sector that could not have been so.
     pub fn wrong_sector(&self, sectors: u64) -> Option<u64> {
-        let why = self.check(sectors).err()?;
+        let why = self.check(sectors, |_| 0).err()?;
         why.strip_prefix("sector ")?.split(' ').next()?.parse().ok()
     }
 
-    /// Checks every sector.
+    /// Checks every sector; `mirror` says where one lies.
     ///
     /// # Errors
     /// Says which sector could not have been so, and why.
-    pub fn check(&self, sectors: u64) -> Result<(), String> {
+    pub fn check(&self, sectors: u64, mirror: impl Fn(u64) -> usize) -> Result<(), String> {
         let mut of_sector: Vec<Vec<u32>> = vec![Vec::new(); sectors as usize];
         for (i, record) in self.records.iter().enumerate().filter(|(_, r)| r.told != Told::Aborted) {
             if record.asked == Asked::Read && record.told != Told::Done {
@@ -188,6 +225,7 @@ impl History {
                 of_sector[sector as usize].push(i as u32);
             }
         }
+        let loose: Vec<bool> = self.records.iter().map(|r| self.is_loose(r, &mirror)).collect();
         let flushes: Vec<&Record> =
             self.records.iter().filter(|r| r.asked == Asked::Flush && r.told == Told::Done).collect();
         for (sector, entries) in of_sector.iter().enumerate() {
@@ -198,10 +236,23 @@ impl History {
             {
                 continue;
             }
-            let register = Register { history: self, sector, entries, flushes: &flushes };
+            if self.is_given_up(sector / BLOCK_SECTORS) {
+                continue;
+            }
+            let mirror = mirror(sector);
+            let register = Register { history: self, sector, mirror, entries, loose: &loose, flushes: &flushes };
             register.check().map_err(|why| format!("sector {sector} (block {}): {why}", sector / BLOCK_SECTORS))?;
         }
         Ok(())
+    }
+
+    /// A request to several mirrors that was out when one of them lost its caches: its part there may have been done
+    /// before that, and be lost, though it was answered afterwards. Only R9's replay closes that.
+    fn is_loose(&self, record: &Record, mirror: impl Fn(u64) -> usize) -> bool {
+        let met = self.power_ons.iter().any(|(at, _)| record.at < *at && record.told_at.is_some_and(|told| *at < told));
+        let blocks = record.first / BLOCK_SECTORS..(record.first + record.count).div_ceil(BLOCK_SECTORS);
+        let mut mirrors = blocks.map(|block| mirror(block * BLOCK_SECTORS));
+        met && mirrors.next().is_some_and(|first| mirrors.any(|other| other != first))
     }
 
     fn value_read(&self, record: usize, sector: u64) -> Value {
@@ -255,7 +306,9 @@ impl Cluster {
 struct Register<'a> {
     history: &'a History,
     sector: u64,
+    mirror: usize,
     entries: &'a [u32],
+    loose: &'a [bool],
     flushes: &'a [&'a Record],
 }
 
@@ -263,7 +316,8 @@ impl Register<'_> {
     fn check(&self) -> Result<(), String> {
         let mut candidates = vec![Candidate { value: 0, settled: true }];
         let mut from = 0;
-        for to in self.history.power_ons.iter().copied().chain([u64::MAX]) {
+        let here = self.history.power_ons.iter().filter(|(_, mirror)| *mirror == self.mirror);
+        for to in here.map(|(at, _)| *at).chain([u64::MAX]) {
             candidates = self.check_piece(from, to, candidates)?;
             from = to;
         }
@@ -284,7 +338,7 @@ impl Register<'_> {
         let done_at = |r: &Record| r.told_at.filter(|_| r.told == Told::Done);
         for i in self.entries.iter().map(|i| *i as usize).filter(|i| records[*i].asked != Asked::Read) {
             let r = &records[i];
-            let done = done_at(r);
+            let done = done_at(r).filter(|_| !self.loose[i]);
             // Before its session was over it was tried again after the caches were lost (R8).
             let over = r.given_up.or(r.told_at).is_some_and(|at| at <= from);
             if r.at > to || done.is_some_and(|at| at <= from) || (done.is_none() && over) {
@@ -306,7 +360,7 @@ impl Register<'_> {
         let zeroes: Vec<usize> = (0..clusters.len()).filter(|i| clusters[*i].value == 0).collect();
         for i in self.entries.iter().map(|i| *i as usize).filter(|i| records[*i].asked == Asked::Read) {
             let ended = records[i].told_at.expect("answered");
-            if ended <= from || ended > to {
+            if ended <= from || ended > to || self.loose[i] {
                 continue;
             }
             let begun = records[i].at.max(from);
@@ -404,7 +458,7 @@ mod tests {
             self.0.tell(read, Told::Done, vec![value]);
         }
         fn holds(&self) -> bool {
-            self.0.check(1).is_ok()
+            self.0.check(1, |_| 0).is_ok()
         }
     }
 
@@ -447,7 +501,7 @@ mod tests {
         let a = s.wrote();
         s.flushed();
         let b = s.wrote();
-        s.0.power_on();
+        s.0.power_on(0);
         s.read(a);
         s.read(a);
         assert!(s.holds());
@@ -458,7 +512,7 @@ mod tests {
         let a = s.wrote();
         s.wrote();
         s.flushed();
-        s.0.power_on();
+        s.0.power_on(0);
         s.read(a);
         assert!(!s.holds());
     }

@@ -1,15 +1,17 @@
-//! A whole cluster in one thread: the shipping mirror and replica cores on virtual time, network and disks, from one
-//! printed seed.
+//! A whole cluster in one thread: the shipping cores on virtual time, network and disks, from one printed seed.
 //!
-//! - `world`: the event queue, the processes, and what is injected and withheld;
-//! - `net`, `disk`, `control`: what the cores stand on;
-//! - `node`, `gateway`: stand-ins for the drivers;
-//! - `work`: initiators; `faults`: what goes wrong and when;
-//! - `history`: is what initiators were told what one disk could have told them;
-//! - `invariants`: the rules of DESIGN §5 that can be checked at every step;
+//! Nodes and witnesses run `ControlCore` (raft-rs, the metadata machine, the lease table) and `ReplicaCore`, gateways
+//! run `VolumeSession` over several mirrors and decide by `gateway::decide`.
+//!
+//! - `world`: the event queue, and what is injected and withheld;
+//! - `net`, `disk`: what the cores stand on;
+//! - `voter`, `node`, `gateway`, `ask`: stand-ins for the drivers;
+//! - `operator`: orders to the cluster; `work`: initiators; `faults`: what goes wrong and when;
+//! - `volume`, `history`: is what initiators were told what one disk could have told them;
+//! - `invariants`: the rules of DESIGN §5, and where each is checked;
 //! - `run`: one seed, or one scenario, from beginning to end; `script`: what scenarios do by name.
 
-mod control;
+mod ask;
 mod disk;
 mod faults;
 mod gateway;
@@ -17,14 +19,17 @@ pub mod history;
 mod invariants;
 mod net;
 mod node;
+mod operator;
 pub(crate) mod rng;
 mod run;
 mod script;
+mod volume;
+mod voter;
 mod work;
 mod world;
 
 pub use disk::DiskFaults;
 pub use faults::Fault;
 pub use net::Party;
-pub use run::{Failure, Outcome, run_scenario, run_seed};
+pub use run::{Failure, Outcome, run_scenario, run_seed, run_story};
 pub use world::{Counters, MS, SECOND, Setup, World};

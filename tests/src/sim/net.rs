@@ -12,7 +12,12 @@ use super::rng::Rng;
 pub enum Party {
     Gateway(usize),
     Node(usize),
+    /// A member with a vote and no storage.
+    Witness(usize),
+    /// The control plane's end of what gateways and members say to each other, whichever member it is: for cuts only.
     Control,
+    /// Who gives the orders: creates, exports, deletes, recovers. Nothing happens to him.
+    Operator,
 }
 
 /// What travels.
@@ -90,6 +95,11 @@ impl Net {
 
     pub fn is_cut(&self, from: Party, to: Party) -> bool {
         self.cuts.contains_key(&(from, to))
+    }
+
+    /// Whether nothing is cut anywhere.
+    pub fn is_whole(&self) -> bool {
+        self.cuts.is_empty()
     }
 
     pub fn cut(&mut self, from: Party, to: Party) {
@@ -187,6 +197,11 @@ impl Net {
             }
         }
         due
+    }
+
+    /// Connections that are there.
+    pub fn open(&self) -> usize {
+        self.conns.len()
     }
 
     /// Both connections' ends that `party` has.

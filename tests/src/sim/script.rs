@@ -72,23 +72,36 @@ impl World {
         }
     }
 
-    /// Flips a bit of a block at rest; false if there is nothing at rest.
+    /// Flips a bit of a block of the volume at rest on a node; false if there is nothing at rest.
     pub fn flip(&mut self, node: usize, block: u64) -> bool {
-        self.lossless = false;
-        self.nodes[node].disk.data.flip(block, &mut self.rng)
+        let (mirror, at) = self.current().place(block);
+        let volume = self.current().id;
+        let here = |r: &usize| self.replicas[*r].volume == volume && self.replicas[*r].mirror == mirror;
+        match self.replicas_of(node).into_iter().find(here) {
+            Some(replica) => self.flip_bit(replica, at),
+            None => false,
+        }
     }
 
-    /// Where the mirror stands.
+    /// Where the first mirror stands.
     ///
     /// # Panics
     /// If the gateway has no session.
     pub fn status(&self, gateway: usize) -> MirrorStatus {
-        self.gateways[gateway].session.as_ref().expect("a session").mirror.status()
+        self.session(gateway).expect("a session").core.mirrors()[0].status()
     }
 
-    /// The committed set, as nodes.
-    pub fn members(&self) -> Vec<usize> {
-        let all = 0..self.nodes.len();
-        all.filter(|n| self.control.members.contains(&super::world::replica_id(*n))).collect()
+    /// The committed set of the first mirror, as nodes.
+    pub fn in_sync(&self) -> Vec<usize> {
+        let Some(volume) = self.truth.living() else { return Vec::new() };
+        let set = &volume.mirrors[0].in_sync;
+        let mut nodes: Vec<usize> = volume.mirrors[0]
+            .replicas
+            .iter()
+            .filter(|r| set.members.contains(&r.id))
+            .map(|r| r.node.0 as usize - 1)
+            .collect();
+        nodes.sort_unstable();
+        nodes
     }
 }

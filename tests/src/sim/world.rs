@@ -3,46 +3,71 @@
 //! # Injected
 //!
 //! - Network: delays with long tails, slow hosts, reordering between connections, connections that are reset (what
-//!   was sent last is lost), cuts in one or both directions between any two hosts (what was sent arrives after the
-//!   cut has healed, however late), refused and unanswered dials.
+//!   was sent last is lost), cuts in one or both directions between any two hosts or sets of hosts (what was sent on a
+//!   connection arrives after the cut has healed, however late), refused and unanswered dials. What members say to each
+//!   other, and what they are asked, is lost, late by up to 0.8 s, out of order and doubled.
 //! - Processes: kill -9 (the page cache stays; what was given to the disk ends, or not, before the next process
-//!   begins), stops longer than the lease, clocks whose rates differ by up to 1 %, take-overs of a live session,
-//!   gateways that come back under their name, closes and re-openings.
+//!   begins; of what a voter's log was writing all or nothing is there), stops longer than the lease, clocks whose
+//!   rates differ by up to 1 %, take-overs of a live session, gateways that come back under their name, closes and
+//!   re-openings; nodes and witnesses alike.
 //! - Hosts: power cuts of one, several or all nodes: of every page written since its last sync any version may
 //!   remain, or sectors of several.
 //! - Disks: operations that end in any order, take effect at their beginning or their end, are slow; failing reads
-//!   and writes (what a failed write leaves is open), no space, failing syncs (the cache is lost with them).
-//! - Control plane: no quorum for a while; requests and answers lost or late, and asked again.
-//! - Initiators: overlapping requests, aborts.
+//!   and writes (what a failed write leaves is open), no space, failing syncs (the cache is lost with them). On one
+//!   node a run: bits of data that flip at rest, writes of data that the disk says it has and drops or puts
+//!   elsewhere, the loss of a replica's files, and their return as they were some time ago.
+//! - Control plane: voters cut off, isolated leaders, no quorum for a while; requests and answers lost or late, and
+//!   asked again; views that are old.
+//! - Initiators: overlapping requests, parts of blocks, aborts. The operator: moves the volume, deletes it and makes
+//!   another one of its name on its space.
 //!
-//! # Withheld, because no correct cluster could survive it, or because its rule comes with a later issue
+//! # Withheld, because no correct cluster could survive it, or because what would is not there yet
 //!
-//! - A replica whose files are gone or old; bits that flip at rest; lost and misdirected writes.
-//! - Voters restored from an old image; raft itself, which are simulated on their own (`node/tests/control_sim.rs`).
-//! - Acknowledged and unflushed writes survive the loss of all caches only with R9's replay buffer, which comes
-//!   later: until then the history may go back to what was flushed, once for every POWER ON.
+//! - Silent damage (flips, lost and misdirected writes) on two copies of a block at once: with sums that fail
+//!   everywhere nobody knows what was there. So it is one node's disks, the same for a whole run. Where other copies
+//!   of such a block can't be read at all and its region is dirty, the replica is taken for right as R7 says; nothing
+//!   is claimed of the block from there on.
+//! - Silent damage of metadata: its pages have sums against bits that flip, which are tried elsewhere (`replica`'s own
+//!   tests), but a write of a dirty bit, a superblock or a map page that the disk says it has and drops leaves an
+//!   older page that is whole: R5, R1 and R10 rest on the disk's word there.
+//! - The return of a replica's old files, or their loss, while another replica is missing, and losses of the others
+//!   until it has been told: an old image can be known only beside a newer replica (R6).
+//! - Voters restored from an old image: a quorum of them has forgotten what it promised. R8 says what to do about the
+//!   replicas, and a scenario shows it.
+//! - With R9's replay buffer not there yet, acknowledged and unflushed writes survive the loss of all caches of a
+//!   mirror only by luck: the history of that mirror's blocks may go back to what was flushed, once for every POWER
+//!   ON. With `Setup::replay` only the end of the session that acknowledged them excuses that.
 //! - A punch that fails together with the zeroes that are then written in its stead: the replica's map has the
 //!   blocks for zeroes already, and a later write that fails shows what is left there (an open fault, seed 600266).
 //! - Disks that refuse writes, where writes wait for a second replica in sync: a block that a refused write broke is
 //!   to be written again before a replica joins, and can't be (an open fault, seed 50504).
 //! - Nobody runs two processes of one gateway's name, or of one node, at a time.
+//!
+//! # Not in the product yet, and so not here
+//!
+//! Growing a volume, replacing or moving a replica, changing the voters: there is no command for any of them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
-use node::replica::layout::Layout;
-use node::replica::{OpId, ReplicaIds};
-use proto::id::{ClusterId, MirrorId, NodeId, ReplicaId, VolumeId};
+use client::volume::SessionOutput;
+use node::control::core::{Input as MemberInput, Reply as ControlReply};
+use node::replica::{OpId, Output as ReplicaOutput};
+use proto::cluster::{ClusterDefinition, ClusterView, Refusal};
+use proto::id::{ClusterId, ReplicaId, VolumeId};
+use raft::prelude::Message;
 use uuid::Uuid;
 
-use super::control::{Answer, Ask, Control};
+use super::ask::{Ask, OPERATOR_TICK};
 use super::faults::Fault;
 use super::gateway::Gateway;
-use super::history::History;
-use super::invariants::Invariants;
 use super::net::{Net, Packet, Party, Way};
-use super::node::Node;
+use super::node::{Node, Replica};
+use super::operator::Operator;
 use super::rng::Rng;
+use super::volume::Volume;
+use super::voter::{Member, Truth, definition};
 use super::work::Work;
 
 /// Microseconds in a millisecond.
@@ -55,42 +80,73 @@ pub const SECOND: u64 = 1000 * MS;
 pub struct Setup {
     pub seed: u64,
     pub nodes: usize,
+    pub witnesses: usize,
     pub gateways: usize,
+    /// Of the volume.
     pub blocks: u64,
     pub chunk_blocks: u64,
+    /// Mirrors.
+    pub stripes: usize,
+    /// Of each mirror.
+    pub replicas: usize,
     pub write_cache: bool,
     pub min_in_sync: usize,
+    /// What a node's pool takes.
+    pub pool_bytes: u64,
     /// Requests that initiators send before the faults end.
     pub ops: u64,
     /// What goes wrong.
     pub faults: Vec<Fault>,
     /// Mean time between faults, in microseconds.
     pub fault_every: u64,
+    /// They begin before the volume is there.
+    pub faults_at_once: bool,
+    /// The node whose disks damage data without a word, and lose files.
+    pub bad_node: usize,
     /// Clock rates are within this many parts per thousand of true time.
     pub drift_permille: u64,
+    /// Gateways keep what they have acknowledged until it is flushed (R9): a session that lives loses nothing.
+    pub replay: bool,
     pub trace: bool,
 }
+
+/// Whether the product replays what was acknowledged and not flushed, as R9 says.
+const REPLAYS: bool = false;
 
 impl Setup {
     /// What a seed stands for. Each run has some of the faults only: together they hide one another.
     pub fn of_seed(seed: u64, ops: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5e7u64 << 32);
-        let faults: Vec<Fault> = Fault::ALL.into_iter().filter(|_| rng.chance(350)).collect();
+        let faults: Vec<Fault> = Fault::ALL.into_iter().filter(|_| rng.chance(300)).collect();
         let refusing = faults.iter().any(|f| matches!(f, Fault::WriteErrors | Fault::NoSpace));
+        let nodes: usize = if rng.chance(700) { 3 } else { rng.pick(&[4, 5]) };
+        let blocks = rng.between(200, 900);
+        let stripes = rng.pick(&[1, 1, 2, 3]);
+        let chunk_blocks = rng.pick(&[16, 64, 256]);
         Self {
             seed,
-            nodes: if rng.chance(850) { 3 } else { rng.pick(&[1, 2, 4, 5]) },
+            nodes,
+            // At most five vote.
+            witnesses: if rng.chance(850) { 5 - nodes } else { 0 },
             gateways: 2,
-            blocks: rng.between(200, 900),
-            chunk_blocks: rng.pick(&[16, 64, 256]),
+            blocks,
+            chunk_blocks,
+            stripes,
+            replicas: if rng.chance(850) { 3 } else { rng.pick(&[1, 2, nodes]) },
             write_cache: rng.chance(850),
             min_in_sync: if rng.chance(850) || refusing { 1 } else { 2 },
+            // Most often not for a second volume before the first is gone.
+            pool_bytes: (blocks + chunk_blocks * stripes as u64) * 4096 * rng.pick(&[1, 1, 3]),
             ops,
             faults,
             fault_every: rng.pick(&[300 * MS, SECOND, 4 * SECOND]),
+            faults_at_once: rng.chance(150),
+            bad_node: rng.below(nodes as u64) as usize,
             drift_permille: rng.below(5),
+            replay: REPLAYS,
             trace: false,
         }
+        .possible()
     }
 
     /// A quiet cluster of three nodes for a scenario.
@@ -98,21 +154,34 @@ impl Setup {
         Self {
             seed,
             nodes: 3,
+            witnesses: 2,
             gateways: 2,
             blocks: 700,
             chunk_blocks: 64,
+            stripes: 1,
+            replicas: 3,
             write_cache: true,
             min_in_sync: 1,
+            pool_bytes: 64 << 20,
             ops: 0,
             faults: Vec::new(),
             fault_every: SECOND,
+            faults_at_once: false,
+            bad_node: 0,
             drift_permille: 0,
+            replay: REPLAYS,
             trace: false,
         }
     }
+
+    fn possible(mut self) -> Self {
+        self.min_in_sync = self.min_in_sync.min(self.replicas);
+        self
+    }
 }
 
-/// What happens at a moment. `boot` numbers a process: what was meant for one that is gone is dropped.
+/// What happens at a moment. `boot`, `process` and `life` number processes: what was meant for one that is gone is
+/// dropped.
 #[derive(Clone, Debug, Hash)]
 pub enum Event {
     Deliver {
@@ -120,9 +189,13 @@ pub enum Event {
         way: Way,
     },
     DiskEnds {
-        node: usize,
+        replica: usize,
         boot: u32,
         op: u64,
+    },
+    ReplicaOpens {
+        replica: usize,
+        boot: u32,
     },
     NodeTick {
         node: usize,
@@ -130,18 +203,49 @@ pub enum Event {
     },
     NodeStarts {
         node: usize,
-        boot: u32,
+        process: u32,
+    },
+    Agent {
+        node: usize,
+        process: u32,
     },
     CopyLate {
         node: usize,
-        boot: u32,
-        token: u64,
+        process: u32,
+        tag: u64,
     },
     PeerDialled {
         node: usize,
-        boot: u32,
+        process: u32,
         peer: usize,
+        volume: VolumeId,
         reached: bool,
+    },
+    MemberTick {
+        member: usize,
+        life: u32,
+    },
+    LogWritten {
+        member: usize,
+        life: u32,
+    },
+    RaftArrives {
+        message: u64,
+        to: usize,
+        life: u32,
+    },
+    Unreachable {
+        member: usize,
+        to: u64,
+    },
+    SnapshotSent {
+        member: usize,
+        to: u64,
+        arrived: bool,
+    },
+    WitnessStarts {
+        member: usize,
+        life: u32,
     },
     GatewayTick {
         gateway: usize,
@@ -151,28 +255,40 @@ pub enum Event {
         gateway: usize,
         boot: u32,
     },
+    Follow {
+        gateway: usize,
+        boot: u32,
+    },
+    ViewArrives {
+        gateway: usize,
+        boot: u32,
+        view: u64,
+    },
     Dialled {
         gateway: usize,
+        volume: VolumeId,
         session: u64,
         node: usize,
         reached: bool,
     },
     AskArrives {
-        gateway: usize,
-        boot: u32,
-        id: u64,
+        ask: u64,
+        attempt: u32,
     },
     AnswerArrives {
-        gateway: usize,
-        boot: u32,
-        id: u64,
-        at: usize,
+        ask: u64,
+        attempt: u32,
+        answer: u64,
     },
     AskAgain {
-        gateway: usize,
-        boot: u32,
-        id: u64,
+        ask: u64,
+        attempt: u32,
     },
+    TryElsewhere {
+        ask: u64,
+        attempt: u32,
+    },
+    Operator,
     Client {
         client: usize,
     },
@@ -195,24 +311,6 @@ pub enum Event {
     Alarm,
 }
 
-impl Event {
-    /// The process that must run for this to happen to it.
-    fn party(&self, net: &Net) -> Option<Party> {
-        Some(match self {
-            Self::Deliver { conn, way } => net.conn(*conn)?.ends(*way).1,
-            Self::DiskEnds { node, .. }
-            | Self::NodeTick { node, .. }
-            | Self::CopyLate { node, .. }
-            | Self::PeerDialled { node, .. } => Party::Node(*node),
-            Self::GatewayTick { gateway, .. }
-            | Self::Dialled { gateway, .. }
-            | Self::AnswerArrives { gateway, .. }
-            | Self::AskAgain { gateway, .. } => Party::Gateway(*gateway),
-            _ => return None,
-        })
-    }
-}
-
 /// What was injected and done, for the summary.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
@@ -233,6 +331,14 @@ pub struct Counters {
     pub medium: u64,
     pub aborted: u64,
     pub failed_writes: u64,
+    /// Blocks that a disk damaged without a word, and those of which nothing could be claimed after it.
+    pub spoiled: u64,
+    pub given_up: u64,
+    pub recreated: u64,
+    /// Sessions that were refused because the metadata are an old image.
+    pub refusing: u64,
+    /// Raft terms.
+    pub terms: u64,
 }
 
 impl Counters {
@@ -261,6 +367,11 @@ impl Counters {
             (&mut self.medium, other.medium),
             (&mut self.aborted, other.aborted),
             (&mut self.failed_writes, other.failed_writes),
+            (&mut self.spoiled, other.spoiled),
+            (&mut self.given_up, other.given_up),
+            (&mut self.recreated, other.recreated),
+            (&mut self.refusing, other.refusing),
+            (&mut self.terms, other.terms),
         ];
         for (mine, theirs) in pairs {
             *mine += theirs;
@@ -277,23 +388,44 @@ pub struct World {
     queued: u64,
     pub(super) net: Net,
     pub nodes: Vec<Node>,
+    /// Nodes' votes first, then witnesses'.
+    pub members: Vec<Member>,
     pub gateways: Vec<Gateway>,
-    pub(super) control: Control,
+    pub replicas: Vec<Replica>,
+    pub(super) replica_at: BTreeMap<ReplicaId, usize>,
+    pub volumes: Vec<Volume>,
+    pub(super) operator: Operator,
+    pub(super) definition: ClusterDefinition,
+    pub truth: Truth,
+    /// What members had applied at some indices.
+    pub(super) hashes: BTreeMap<u64, [u8; 32]>,
+    /// Voters got old logs back: nothing is claimed of raft any more, only of the data.
+    pub voters_restored: bool,
     /// So far no disk has lost anything: processes were killed at most, and then nothing acknowledged may be missing.
     pub(super) lossless: bool,
+    /// A replica is coming back of which nobody must be left alone with before this.
+    pub(super) returning_until: Option<u64>,
     /// Stopped processes, and what waits for them.
-    stopped: BTreeMap<Party, VecDeque<Event>>,
+    pub(super) stopped: BTreeMap<Party, VecDeque<Event>>,
     /// Rates of the processes' clocks, in parts per million off true time.
-    drift: BTreeMap<Party, i64>,
-    pub(super) asked: BTreeMap<(usize, u64), Ask>,
-    pub(super) answers: Vec<Answer>,
-    pub(super) layout: Layout,
-    pub history: History,
+    pub(super) drift: BTreeMap<Party, i64>,
+    pub(super) asks: BTreeMap<u64, Ask>,
+    pub(super) next_ask: u64,
+    /// What is on its way.
+    pub(super) messages: BTreeMap<u64, Message>,
+    pub(super) next_message: u64,
+    pub(super) answers: BTreeMap<u64, Result<ControlReply, Refusal>>,
+    pub(super) views: BTreeMap<u64, Arc<ClusterView>>,
+    pub(super) next_answer: u64,
     pub(super) work: Work,
-    pub(super) invariants: Invariants,
+    pub(super) moments: u64,
+    /// Regions that have just become clean on a replica.
+    pub(super) cleaned: Vec<(VolumeId, usize, u64)>,
     pub counters: Counters,
     pub(super) faults_on: bool,
     pub(super) healed: bool,
+    pub(super) scratch: Vec<ReplicaOutput>,
+    pub(super) session_scratch: Vec<SessionOutput>,
     /// Folded over every event.
     digest: u64,
     failure: Option<String>,
@@ -313,36 +445,16 @@ impl Hasher for Fnv {
     }
 }
 
-fn uuid_of(kind: u8, n: usize) -> Uuid {
-    let mut bytes = [kind; 16];
-    bytes[15] = n as u8 + 1;
-    Uuid::from_bytes(bytes)
-}
-
-pub fn replica_id(node: usize) -> ReplicaId {
-    ReplicaId(uuid_of(0xaa, node))
-}
-
-pub fn node_id(node: usize) -> NodeId {
-    NodeId(node as u64 + 1)
-}
-
-pub fn ids(node: usize) -> ReplicaIds {
-    ReplicaIds {
-        cluster: ClusterId(uuid_of(0xcc, 0)),
-        volume: VolumeId(uuid_of(0xbb, 0)),
-        mirror: MirrorId(uuid_of(0xdd, 0)),
-        replica: replica_id(node),
-    }
+pub fn cluster_id() -> ClusterId {
+    ClusterId(Uuid::from_u128(0xcc))
 }
 
 impl World {
     pub fn new(setup: Setup) -> Self {
-        let layout = Layout::new(setup.blocks);
         let mut rng = Rng::new(setup.seed);
-        let members = (0..setup.nodes).map(replica_id).collect();
-        let parties = (0..setup.nodes).map(Party::Node).chain((0..setup.gateways).map(Party::Gateway));
         let range = setup.drift_permille * 1000;
+        let parties = (0..setup.nodes).map(Party::Node).chain((0..setup.witnesses).map(Party::Witness));
+        let parties = parties.chain((0..setup.gateways).map(Party::Gateway));
         let drift = parties.map(|p| (p, rng.between(0, 2 * range) as i64 - range as i64)).collect();
         let mut world = Self {
             rng,
@@ -350,21 +462,36 @@ impl World {
             queue: BTreeMap::new(),
             queued: 0,
             net: Net::default(),
-            nodes: (0..setup.nodes).map(|_| Node::new(&layout)).collect(),
+            nodes: (0..setup.nodes).map(|_| Node::default()).collect(),
+            members: (0..setup.nodes + setup.witnesses).map(|_| Member::default()).collect(),
             gateways: (0..setup.gateways).map(|_| Gateway::default()).collect(),
-            control: Control::new(members),
+            replicas: Vec::new(),
+            replica_at: BTreeMap::new(),
+            volumes: Vec::new(),
+            operator: Operator::default(),
+            definition: definition(&setup),
+            truth: Truth::default(),
+            hashes: BTreeMap::new(),
+            voters_restored: false,
             stopped: BTreeMap::new(),
             drift,
-            asked: BTreeMap::new(),
-            answers: Vec::new(),
-            layout,
-            history: History::default(),
+            asks: BTreeMap::new(),
+            next_ask: 0,
+            messages: BTreeMap::new(),
+            next_message: 0,
+            answers: BTreeMap::new(),
+            views: BTreeMap::new(),
+            next_answer: 0,
             work: Work::new(&setup),
-            invariants: Invariants::new(setup.nodes, layout.regions),
+            moments: 0,
+            cleaned: Vec::new(),
             counters: Counters::default(),
             faults_on: false,
             lossless: true,
+            returning_until: None,
             healed: false,
+            scratch: Vec::new(),
+            session_scratch: Vec::new(),
             digest: 0xcbf2_9ce4_8422_2325,
             failure: None,
             setup,
@@ -372,9 +499,13 @@ impl World {
         for node in 0..world.nodes.len() {
             world.start_node(node);
         }
+        for member in world.nodes.len()..world.members.len() {
+            world.start_member(member);
+        }
         for gateway in 0..world.gateways.len() {
             world.start_gateway(gateway);
         }
+        world.after(OPERATOR_TICK, Event::Operator);
         world.start_clients();
         world
     }
@@ -417,7 +548,8 @@ impl World {
         let offset = match party {
             Party::Gateway(i) => 1_000 * (i as u64 + 1),
             Party::Node(i) => 500_000 * (i as u64 + 1),
-            Party::Control => 0,
+            Party::Witness(i) => 700_000 * (i as u64 + 1),
+            Party::Control | Party::Operator => 0,
         };
         here as u64 / MS + offset
     }
@@ -512,8 +644,36 @@ impl World {
         self.run_until(micros, |_| false);
     }
 
+    /// The process that must run for this to happen to it.
+    fn concerns(&self, event: &Event) -> Option<Party> {
+        Some(match event {
+            Event::Deliver { conn, way } => self.net.conn(*conn)?.ends(*way).1,
+            Event::DiskEnds { replica, .. } | Event::ReplicaOpens { replica, .. } => {
+                Party::Node(self.replicas[*replica].node)
+            }
+            Event::NodeTick { node, .. }
+            | Event::Agent { node, .. }
+            | Event::CopyLate { node, .. }
+            | Event::PeerDialled { node, .. } => Party::Node(*node),
+            Event::MemberTick { member, .. }
+            | Event::LogWritten { member, .. }
+            | Event::Unreachable { member, .. }
+            | Event::SnapshotSent { member, .. }
+            | Event::RaftArrives { to: member, .. } => self.member_party(*member),
+            Event::GatewayTick { gateway, .. }
+            | Event::Follow { gateway, .. }
+            | Event::ViewArrives { gateway, .. }
+            | Event::Dialled { gateway, .. } => Party::Gateway(*gateway),
+            Event::AskArrives { ask, .. } => self.member_party(self.asks.get(ask)?.member),
+            Event::AnswerArrives { ask, .. } | Event::AskAgain { ask, .. } | Event::TryElsewhere { ask, .. } => {
+                self.asks.get(ask)?.from
+            }
+            _ => return None,
+        })
+    }
+
     fn happen(&mut self, event: Event) {
-        if let Some(party) = event.party(&self.net)
+        if let Some(party) = self.concerns(&event)
             && let Some(waiting) = self.stopped.get_mut(&party)
         {
             waiting.push_back(event);
@@ -523,25 +683,47 @@ impl World {
         self.fold(&(now, &event));
         match event {
             Event::Deliver { conn, way } => self.deliver(conn, way),
-            Event::DiskEnds { node, boot, op } => self.disk_ends(node, boot, OpId(op)),
+            Event::DiskEnds { replica, boot, op } => self.disk_ends(replica, boot, OpId(op)),
+            Event::ReplicaOpens { replica, boot } => self.replica_opens(replica, boot),
             Event::NodeTick { node, process } => self.node_tick(node, process),
-            Event::NodeStarts { node, boot } => {
-                if self.nodes[node].boot == boot && self.nodes[node].is_down() {
+            Event::NodeStarts { node, process } => {
+                if self.nodes[node].process == process && self.nodes[node].is_down() {
                     self.start_node(node);
                 }
             }
-            Event::CopyLate { node, boot, token } => self.copy_late(node, boot, token),
-            Event::PeerDialled { node, boot, peer, reached } => self.peer_dialled(node, boot, peer, reached),
+            Event::Agent { node, process } => self.agent(node, process),
+            Event::CopyLate { node, process, tag } => self.copy_late(node, process, tag),
+            Event::PeerDialled { node, process, peer, volume, reached } => {
+                self.peer_dialled(node, process, peer, volume, reached);
+            }
+            Event::MemberTick { member, life } => self.member_tick(member, life),
+            Event::LogWritten { member, life } => self.log_written(member, life),
+            Event::RaftArrives { message, to, life } => self.raft_arrives(message, to, life),
+            Event::Unreachable { member, to } => self.member_step(member, MemberInput::Unreachable(to)),
+            Event::SnapshotSent { member, to, arrived } => {
+                self.member_step(member, MemberInput::SnapshotSent(to, arrived));
+            }
+            Event::WitnessStarts { member, life } => {
+                if self.members[member].life == life && self.members[member].is_down() {
+                    self.start_member(member);
+                }
+            }
             Event::GatewayTick { gateway, boot } => self.gateway_tick(gateway, boot),
             Event::GatewayStarts { gateway, boot } => {
                 if self.gateways[gateway].boot == boot && !self.gateways[gateway].alive {
                     self.start_gateway(gateway);
                 }
             }
-            Event::Dialled { gateway, session, node, reached } => self.dialled(gateway, session, node, reached),
-            Event::AskArrives { gateway, boot, id } => self.ask_arrives(gateway, boot, id),
-            Event::AnswerArrives { gateway, boot, id, at } => self.answer_arrives(gateway, boot, id, at),
-            Event::AskAgain { gateway, boot, id } => self.ask_again(gateway, boot, id),
+            Event::Follow { gateway, boot } => self.follow(gateway, boot),
+            Event::ViewArrives { gateway, boot, view } => self.view_arrives(gateway, boot, view),
+            Event::Dialled { gateway, volume, session, node, reached } => {
+                self.dialled(gateway, volume, session, node, reached);
+            }
+            Event::AskArrives { ask, attempt } => self.ask_arrives(ask, attempt),
+            Event::AnswerArrives { ask, attempt, answer } => self.answer_arrives(ask, attempt, answer),
+            Event::AskAgain { ask, attempt } => self.ask_again(ask, attempt),
+            Event::TryElsewhere { ask, attempt } => self.try_elsewhere(ask, attempt),
+            Event::Operator => self.operator(),
             Event::Client { client } => self.client(client),
             Event::Abort { client, number } => self.abort(client, number),
             Event::Resume { party } => self.resume(party),
@@ -563,7 +745,7 @@ impl World {
         match to {
             Party::Node(node) => self.node_receives(node, conn, way, packet),
             Party::Gateway(gateway) => self.gateway_receives(gateway, conn, packet),
-            Party::Control => unreachable!("the control plane is asked, not connected to"),
+            other => unreachable!("{other:?} is asked, not connected to"),
         }
     }
 }
