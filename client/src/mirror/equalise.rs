@@ -481,10 +481,10 @@ impl Mirror {
                 },
             };
             for slot in hashed.iter().copied().filter(|s| *s != base) {
-                if differs(slot, base) {
+                // One that has the same bytes under a wrong sum is copied as well: restamped it would be certified as it
+                // is then, which a disk may have changed since it was hashed.
+                if differs(slot, base) || !hash(slot, i).intact {
                     set_bit(copies.entry((base, slot)).or_default(), i);
-                } else if !hash(slot, i).intact {
-                    set_bit(restamps.entry(slot).or_default(), i);
                 }
             }
         }

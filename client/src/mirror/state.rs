@@ -665,6 +665,12 @@ impl Mirror {
         self.phase == Phase::Closing || self.close_wanted
     }
 
+    /// Whether it serves, and nothing that the opening found is left to settle: from then on this session keeps all that
+    /// it acknowledges (R9).
+    pub fn is_settled(&self) -> bool {
+        self.phase == Phase::Serving && self.settling.is_settled()
+    }
+
     /// Whether the mirror serves requests.
     pub fn is_serving(&self) -> bool {
         self.phase == Phase::Serving

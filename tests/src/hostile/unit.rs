@@ -225,7 +225,7 @@ pub fn examples() -> Vec<(Vec<u8>, Vec<u8>)> {
         }
         let allocation = row.usage.len() - 3;
         if row.opcode & 0xe0 != 0x80 || row.action.is_some() {
-            cdb[allocation] = 0xff & row.usage[allocation];
+            cdb[allocation] = row.usage[allocation];
         }
         (cdb, vec![])
     }));

@@ -352,10 +352,11 @@ impl Disk {
         (std::mem::take(&mut self.healed), std::mem::take(&mut self.spoiled))
     }
 
-    /// The pages that an operation in flight writes.
-    pub fn would_change(&self, op: OpId) -> Changed {
+    /// The pages that an operation in flight reads or writes.
+    pub fn touches(&self, op: OpId) -> Changed {
         match &self.in_flight[&op].io {
             DiskIo::Write { file, offset, bytes } => Some((*file, offset / PAGE..(offset + bytes.len() as u64) / PAGE)),
+            DiskIo::Read { file, offset, len } => Some((*file, offset / PAGE..(offset + u64::from(*len)) / PAGE)),
             _ => None,
         }
     }

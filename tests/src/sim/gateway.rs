@@ -59,8 +59,9 @@ pub struct Session {
     /// The forced recovery that was passed on.
     recovering: Option<u64>,
     recovery_at: Option<u64>,
-    /// Mirrors that have served in this session: what they acknowledged since is the session's to keep (R9).
-    served: Vec<bool>,
+    /// Mirrors in which nothing was left to settle at some time of this session: it keeps what they have
+    /// acknowledged (R9).
+    settled: Vec<bool>,
 }
 
 impl Session {
@@ -348,8 +349,8 @@ impl World {
 
     fn tend_session(&mut self, gateway: usize, volume: VolumeId, now: u64) {
         let Some(session) = self.gateways[gateway].session_mut(volume) else { return };
-        for (served, mirror) in session.served.iter_mut().zip(session.core.mirrors()) {
-            *served |= mirror.is_serving();
+        for (settled, mirror) in session.settled.iter_mut().zip(session.core.mirrors()) {
+            *settled |= mirror.is_settled();
         }
         if session.closing && now >= session.close_until {
             self.log(|| format!("gateway {gateway} did not close in time"));
@@ -531,11 +532,14 @@ impl World {
                 self.propose(gateway, volume, epoch, mirror, version, members, awaited);
             }
             SessionOutput::PowerOn { mirror } => {
-                let served = session.served[mirror];
+                let settled = session.settled[mirror];
                 self.log(|| format!("gateway {gateway}: POWER ON, mirror {mirror}"));
                 self.counters.power_ons += 1;
-                // With R9's replay a session that lives loses nothing that it acknowledged itself.
-                if !self.lossless && !(self.setup.replay && served) {
+                if settled {
+                    return self
+                        .fail(format!("R9: gateway {gateway} keeps what mirror {mirror} acknowledged, and lost it"));
+                }
+                if !self.lossless {
                     self.history_of(volume).power_on(mirror);
                 }
             }
@@ -739,7 +743,7 @@ impl World {
             number: self.counters.sessions,
             epoch: opened.epoch,
             volume,
-            served: vec![false; mirrors.len()],
+            settled: vec![false; mirrors.len()],
             core: VolumeSession::new(now, stripe, mirrors),
             links,
             lease_until: 0,

@@ -225,7 +225,6 @@ impl History {
                 of_sector[sector as usize].push(i as u32);
             }
         }
-        let loose: Vec<bool> = self.records.iter().map(|r| self.is_loose(r, &mirror)).collect();
         let flushes: Vec<&Record> =
             self.records.iter().filter(|r| r.asked == Asked::Flush && r.told == Told::Done).collect();
         for (sector, entries) in of_sector.iter().enumerate() {
@@ -240,19 +239,10 @@ impl History {
                 continue;
             }
             let mirror = mirror(sector);
-            let register = Register { history: self, sector, mirror, entries, loose: &loose, flushes: &flushes };
+            let register = Register { history: self, sector, mirror, entries, flushes: &flushes };
             register.check().map_err(|why| format!("sector {sector} (block {}): {why}", sector / BLOCK_SECTORS))?;
         }
         Ok(())
-    }
-
-    /// A request to several mirrors that was out when one of them lost its caches: its part there may have been done
-    /// before that, and be lost, though it was answered afterwards. Only R9's replay closes that.
-    fn is_loose(&self, record: &Record, mirror: impl Fn(u64) -> usize) -> bool {
-        let met = self.power_ons.iter().any(|(at, _)| record.at < *at && record.told_at.is_some_and(|told| *at < told));
-        let blocks = record.first / BLOCK_SECTORS..(record.first + record.count).div_ceil(BLOCK_SECTORS);
-        let mut mirrors = blocks.map(|block| mirror(block * BLOCK_SECTORS));
-        met && mirrors.next().is_some_and(|first| mirrors.any(|other| other != first))
     }
 
     fn value_read(&self, record: usize, sector: u64) -> Value {
@@ -308,7 +298,6 @@ struct Register<'a> {
     sector: u64,
     mirror: usize,
     entries: &'a [u32],
-    loose: &'a [bool],
     flushes: &'a [&'a Record],
 }
 
@@ -338,7 +327,7 @@ impl Register<'_> {
         let done_at = |r: &Record| r.told_at.filter(|_| r.told == Told::Done);
         for i in self.entries.iter().map(|i| *i as usize).filter(|i| records[*i].asked != Asked::Read) {
             let r = &records[i];
-            let done = done_at(r).filter(|_| !self.loose[i]);
+            let done = done_at(r);
             // Before its session was over it was tried again after the caches were lost (R8).
             let over = r.given_up.or(r.told_at).is_some_and(|at| at <= from);
             if r.at > to || done.is_some_and(|at| at <= from) || (done.is_none() && over) {
@@ -360,7 +349,7 @@ impl Register<'_> {
         let zeroes: Vec<usize> = (0..clusters.len()).filter(|i| clusters[*i].value == 0).collect();
         for i in self.entries.iter().map(|i| *i as usize).filter(|i| records[*i].asked == Asked::Read) {
             let ended = records[i].told_at.expect("answered");
-            if ended <= from || ended > to || self.loose[i] {
+            if ended <= from || ended > to {
                 continue;
             }
             let begun = records[i].at.max(from);

@@ -76,8 +76,8 @@ pub struct Node {
     pub up: bool,
     /// How its disks behave now.
     pub faults: DiskFaults,
-    /// How often the host has lost power: another boot each time.
-    power_cuts: u32,
+    /// How often the host was started anew, most often after it had lost power.
+    pub boots: u32,
     incarnation: u64,
     served: BTreeMap<u64, Served>,
     peers: BTreeMap<(usize, VolumeId), Peer>,
@@ -178,7 +178,7 @@ impl World {
         (n.wish, n.asked) = (None, None);
         if power {
             self.lose_trust();
-            self.nodes[node].power_cuts += 1;
+            self.nodes[node].boots += 1;
         }
         for replica in self.replicas_of(node) {
             self.end_core(replica);
@@ -391,7 +391,7 @@ impl World {
             ids: ReplicaIds { cluster: cluster_id(), volume: r.volume, mirror: r.mirror_id, replica: r.id },
             blocks: r.blocks,
             incarnation: Incarnation(n.incarnation),
-            boot: u128::from(n.power_cuts + 1).to_le_bytes(),
+            boot: u128::from(n.boots + 1).to_le_bytes(),
             cache_kept: !r.faulted,
             map_cache_pages: CACHE_PAGES,
         };
@@ -437,11 +437,11 @@ impl World {
             return;
         }
         let r = &mut self.replicas[replica];
-        let damaged = r.disk.would_change(op);
+        let touched = r.disk.touches(op);
         let syncs = r.disk.is_sync(op);
         let (result, changed) = r.disk.end(op, &mut self.rng);
         self.log(|| format!("  replica {replica} disk {} {}", op.0, if result.is_ok() { "done" } else { "FAILED" }));
-        if let (Err(_), Some((FileKind::Data, pages))) = (&result, &damaged) {
+        if let (Err(_), Some((FileKind::Data, pages))) = (&result, &touched) {
             self.distrust(replica, pages.clone());
         }
         self.disk_changed(replica, changed);
