@@ -454,6 +454,8 @@ impl Mirror {
         let mut hopeless = false;
         let bases = self.base_ranks(region, &hashed);
         let broken = self.settling.is_broken(region);
+        let kept = |slot: usize| self.slots[slot].attach.as_ref().is_some_and(|a| a.info().kept);
+        let all_kept = bases.iter().all(|(_, slot)| kept(*slot));
         for i in 0..count as usize {
             let differs =
                 |a: usize, b: usize| hash(a, i).hash != hash(b, i).hash || !hash(a, i).readable || !hash(b, i).readable;
@@ -463,23 +465,27 @@ impl Mirror {
             for slot in hashed.iter().filter(|s| !hash(**s, i).intact) {
                 comparison.bad.push((self.slots[*slot].def.replica, BlockIndex(first + i as u64)));
             }
-            let intact = bases.iter().find(|(_, s)| hash(*s, i).intact).map(|(_, s)| *s);
-            let base = match intact {
-                Some(base) => base,
-                // Only what a restart, or a write that failed everywhere, left behind may be taken for right.
-                // Elsewhere the block is bad (R10), however dirty its region.
-                None => match bases.iter().find(|(rank, s)| (*rank > 0 || broken) && hash(*s, i).readable) {
-                    Some((_, base)) if run.was_dirty => {
-                        set_bit(restamps.entry(*base).or_default(), i);
-                        *taken.entry(*base).or_default() += 1;
-                        *base
-                    }
-                    _ => {
-                        hopeless |= hashed.iter().any(|s| self.slots[*s].join().is_some());
-                        continue;
-                    }
-                },
+            let held_by = |s: usize| bases.iter().filter(|(_, other)| !differs(s, *other)).count();
+            let intact = bases.iter().find(|(_, s)| hash(*s, i).intact);
+            // Only what a restart, or a write that failed everywhere, left behind may be taken for right although it
+            // matches no sum. Elsewhere the block is bad (R10), however dirty its region.
+            let left = bases.iter().filter(|(rank, s)| (*rank > 0 || broken) && run.was_dirty && hash(*s, i).readable);
+            // What most have is taken: a disk that has silently dropped a write is alone with what it has.
+            let left = left.min_by_key(|(rank, s)| (std::cmp::Reverse(held_by(*s)), *rank, *s));
+            let base = match (intact, left) {
+                // Sums are behind where processes were killed: an older block may match where newer ones do not.
+                (Some((1.., base)), Some((_, most))) if all_kept && held_by(*most) > held_by(*base) => *most,
+                (Some((_, base)), _) => *base,
+                (None, Some((_, most))) => *most,
+                (None, None) => {
+                    hopeless |= hashed.iter().any(|s| self.slots[*s].join().is_some());
+                    continue;
+                }
             };
+            if !hash(base, i).intact {
+                set_bit(restamps.entry(base).or_default(), i);
+                *taken.entry(base).or_default() += 1;
+            }
             for slot in hashed.iter().copied().filter(|s| *s != base) {
                 // One that has the same bytes under a wrong sum is copied as well: restamped it would be certified as it
                 // is then, which a disk may have changed since it was hashed.

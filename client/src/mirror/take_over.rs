@@ -165,11 +165,13 @@ impl Mirror {
         self.find_old_images(reached);
         let is = |slot: usize| self.slots[slot].attach.as_ref().expect("reached");
         let eligible: Mask = reached.iter().filter(|s| !is(*s).as_new).collect();
-        let intact: Mask = eligible.iter().filter(|s| is(*s).info().suspect == 0 || is(*s).info().kept).collect();
-        let restarted = intact.is_empty();
+        let intact: Mask = eligible.iter().filter(|s| is(*s).info().suspect == 0).collect();
+        // Those that were killed at most have everything too, but not all of its sums.
+        let killed: Mask = eligible.iter().filter(|s| is(*s).info().kept).collect();
+        let lost = (intact | killed).is_empty() && !self.replay.is_complete();
         let (mut blocked, mut left_behind) = (RegionSet::new(), Mask::EMPTY);
-        let keep = if !restarted {
-            intact
+        let keep = if !intact.is_empty() {
+            intact | killed
         } else if eligible.is_empty() {
             if self.forced && now >= since + FORCED_MS {
                 self.adopt_the_best(out);
@@ -182,15 +184,15 @@ impl Mirror {
             }
             // A replica that left while regions waited for it does not know those that were written without it, and
             // if a member restarted after that, they are suspect as well: nobody can tell which are which.
-            let nothing_lost = self.replay.is_complete();
-            if !(self.forced || nothing_lost || missing.is_empty() && self.awaited.is_empty()) {
+            let complete = self.replay.is_complete();
+            if !(self.forced || complete || missing.is_empty() && self.awaited.is_empty()) {
                 if now < since + RESTARTED_MS {
                     return;
                 }
                 left_behind = missing | self.awaited;
                 blocked = suspect;
             }
-            eligible
+            if killed.is_empty() { eligible } else { killed }
         };
         self.forced = false;
         self.clean = keep.iter().map(|s| is(s).info().set.clean).max().expect("somebody is kept").max(self.clean);
@@ -228,7 +230,7 @@ impl Mirror {
                 self.start_join(now, slot, out);
             }
         }
-        if restarted && !self.replay.is_complete() {
+        if lost {
             self.fail_flushes(out);
             out.push(Output::PowerOn);
         }
@@ -240,7 +242,7 @@ impl Mirror {
         if keep == self.members && !keep.iter().all(|s| current(&s)) {
             self.store_set_again(now, out);
         }
-        if restarted && !self.replay.is_empty() {
+        if (intact | killed).is_empty() && !self.replay.is_empty() {
             self.begin_replay(out);
         } else {
             self.begin_serving(out);
