@@ -560,6 +560,8 @@ impl Thread {
         tracing::warn!(volume = %spec.volume, replica = %spec.replica, pool = %spec.pool, %error,
             "replica can't be opened");
         let mut inner = cell.inner.borrow_mut();
+        // A sync that fails drops what it should have written.
+        inner.cache_lost |= matches!(error, OpenError::Disk { .. });
         inner.state = State::Refused(error.to_string());
         // So that the next attempt finds them unlocked.
         inner.files = None;

@@ -489,6 +489,7 @@ impl World {
                     self.log(|| format!("replica {replica} can't be opened: {error}"));
                     self.end_core(replica);
                     self.replicas[replica].retry_at = self.now + REOPEN;
+                    self.replicas[replica].faulted = matches!(error, OpenError::Disk { .. });
                     match self.replicas[replica].unmade {
                         Some(create) if is_unmade(&error) => return self.make_files(replica, create),
                         _ if is_unmade(&error) || matches!(error, OpenError::Disk { .. }) => {}
