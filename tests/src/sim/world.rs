@@ -45,6 +45,12 @@
 //!   to be written again before a replica joins, and can't be (an open fault, seed 50504).
 //! - Nobody runs two processes of one gateway's name, or of one node, at a time.
 //!
+//! # Open: seeds that fail, with `--ops 1000`
+//!
+//! - Without disks that lie: 77001837 (zeroes where something was written; failing punches and take-overs), 77001205
+//!   (power cuts, an old value after a flush), 77000930 (a failed sync, an old image).
+//! - With them: 77000383, 77000417, 77001909, 77002072.
+//!
 //! # Not in the product yet, and so not here
 //!
 //! Growing a volume, replacing or moving a replica, changing the voters: there is no command for any of them.
