@@ -248,7 +248,7 @@ impl History {
         }
     }
 
-    /// Every process died at once, so that every cache was lost: what no flush covered may be gone.
+    /// Every node lost power, and the gateway went with them: what no flush covered may be gone.
     pub fn caches_lost(&mut self) {
         self.torn = true;
         self.flushed += self.unflushed.len() as u64;

@@ -261,8 +261,8 @@ impl Load {
         lock(&self.shared.history).under_way()
     }
 
-    /// Every process of the cluster was killed: writes that no flush covered may be gone (R9). Call while all of
-    /// them are down.
+    /// Every node lost power, and the gateway went with them: writes that no flush covered may be gone (R9). Call while
+    /// all of them are down.
     pub fn caches_lost(&self) {
         lock(&self.shared.history).caches_lost();
     }

@@ -450,7 +450,6 @@ impl Mirror {
         };
         let mut restamps: BTreeMap<usize, Blocks> = BTreeMap::new();
         let mut copies: BTreeMap<(usize, usize), Blocks> = BTreeMap::new();
-        let mut taken: BTreeMap<usize, u32> = BTreeMap::new();
         let mut hopeless = false;
         let bases = self.base_ranks(region, &hashed);
         let broken = self.settling.is_broken(region);
@@ -484,7 +483,6 @@ impl Mirror {
             };
             if !hash(base, i).intact {
                 set_bit(restamps.entry(base).or_default(), i);
-                *taken.entry(base).or_default() += 1;
             }
             for slot in hashed.iter().copied().filter(|s| *s != base) {
                 // One that has the same bytes under a wrong sum is copied as well: restamped it would be certified as it
@@ -495,8 +493,8 @@ impl Mirror {
             }
         }
         if !run.compare_only {
-            for (slot, blocks) in taken {
-                let replica = self.slots[slot].def.replica;
+            for (slot, blocks) in &restamps {
+                let (replica, blocks) = (self.slots[*slot].def.replica, bits(blocks).count() as u32);
                 out.push(Output::Log(Event::Restamped { region, blocks, replica }));
             }
         }

@@ -131,10 +131,9 @@ impl Replay {
 impl Mirror {
     /// Lets go of what is durable.
     pub(super) fn advance_kept(&mut self) {
-        if self.replay.is_empty() || self.phase == Phase::Replaying {
-            return;
-        }
-        if self.everyone_counts() {
+        // Most of the time no flush has begun that could cover any of it.
+        let begun = self.replay.kept.front().is_some_and(|kept| kept.covered_by < self.flush_next);
+        if begun && self.phase != Phase::Replaying && self.everyone_counts() {
             let required = self.required();
             let answered = |slot: usize| self.slots[slot].attach.as_ref().expect("live").flushed;
             let common = required.iter().map(answered).min().expect("a set has members");

@@ -168,10 +168,11 @@ impl Mirror {
         let intact: Mask = eligible.iter().filter(|s| is(*s).info().suspect == 0).collect();
         // Those that were killed at most have everything too, but not all of its sums.
         let killed: Mask = eligible.iter().filter(|s| is(*s).info().kept).collect();
-        let lost = (intact | killed).is_empty() && !self.replay.is_complete();
+        let whole = intact | killed;
+        let complete = self.replay.is_complete();
         let (mut blocked, mut left_behind) = (RegionSet::new(), Mask::EMPTY);
         let keep = if !intact.is_empty() {
-            intact | killed
+            whole
         } else if eligible.is_empty() {
             if self.forced && now >= since + FORCED_MS {
                 self.adopt_the_best(out);
@@ -184,7 +185,6 @@ impl Mirror {
             }
             // A replica that left while regions waited for it does not know those that were written without it, and
             // if a member restarted after that, they are suspect as well: nobody can tell which are which.
-            let complete = self.replay.is_complete();
             if !(self.forced || complete || missing.is_empty() && self.awaited.is_empty()) {
                 if now < since + RESTARTED_MS {
                     return;
@@ -230,7 +230,7 @@ impl Mirror {
                 self.start_join(now, slot, out);
             }
         }
-        if lost {
+        if whole.is_empty() && !complete {
             self.fail_flushes(out);
             out.push(Output::PowerOn);
         }
@@ -242,7 +242,7 @@ impl Mirror {
         if keep == self.members && !keep.iter().all(|s| current(&s)) {
             self.store_set_again(now, out);
         }
-        if (intact | killed).is_empty() && !self.replay.is_empty() {
+        if whole.is_empty() && !self.replay.is_empty() {
             self.begin_replay(out);
         } else {
             self.begin_serving(out);
@@ -298,10 +298,9 @@ impl Mirror {
         }
         // A member that is not there may lack what the others were made equal with: until its removal is committed it
         // could be the base of a later session, and a read from here would be taken back (R3).
-        let required = self.required();
         if let Some((_, no)) = &self.settling.flushing
             && self.everyone_counts()
-            && self.flushed(*no, required)
+            && self.flushed(*no, self.required())
             && let Some((group, _)) = self.settling.flushing.take()
         {
             for slot in self.live_members().iter() {

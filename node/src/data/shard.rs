@@ -120,7 +120,8 @@ struct Inner {
     closed: Option<oneshot::Sender<()>>,
     reopen_pause_ms: u64,
     faulted_at_ms: u64,
-    /// It faulted and has not been opened since: what was in the page cache is not to be counted on.
+    /// It faulted, or could not be opened for its disk, and has not been opened since: what was in the page cache is not
+    /// to be counted on.
     cache_lost: bool,
 }
 
