@@ -2,7 +2,7 @@
 
 use stateright::{Model, Property};
 
-use crate::config::{Bounds, Config, Mutant};
+use crate::config::{Config, Mutant};
 use crate::gateway::Cx;
 use crate::replica::{Taken, disk_writes};
 use crate::state::*;
@@ -186,22 +186,6 @@ fn initial(cfg: &Config) -> State {
         covered: u8::from(first == 1 && cfg.cleans()),
         ..Gateway::OFF
     };
-    let Bounds {
-        writes,
-        reads,
-        flushes,
-        cleans,
-        cuts,
-        blackouts,
-        kills,
-        losses,
-        unreached,
-        deaths,
-        opens,
-        closes,
-        lost_answers,
-        images,
-    } = cfg.bounds;
     State {
         r,
         g: [g, Gateway::OFF],
@@ -209,22 +193,7 @@ fn initial(cfg: &Config) -> State {
         raft: Raft { version: 1 + first, members: cfg.members, awaited: 0, epoch: 1, open: true },
         proposals: [None; 3],
         promise: Promise { submitted: first, acked: first, seen: 0, flushed: first, power_on_epoch: 0 },
-        left: Left {
-            writes,
-            reads,
-            flushes,
-            cleans,
-            cuts,
-            blackouts,
-            kills,
-            losses,
-            unreached,
-            deaths,
-            opens,
-            closes,
-            lost_answers,
-            images,
-        },
+        left: cfg.bounds,
         image: None,
         breach: None,
         cleans: cfg.cleans(),

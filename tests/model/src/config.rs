@@ -3,7 +3,7 @@
 use crate::check::names;
 
 /// How often each thing may happen in a run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Bounds {
     pub writes: u8,
     pub reads: u8,

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
+use crate::config::Bounds;
+
 /// Replicas of the mirror.
 pub const N: usize = 3;
 /// Gateways.
@@ -516,25 +518,6 @@ pub struct Promise {
     pub power_on_epoch: u8,
 }
 
-/// What is left of what may happen: see `Bounds`.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct Left {
-    pub writes: u8,
-    pub reads: u8,
-    pub flushes: u8,
-    pub cleans: u8,
-    pub cuts: u8,
-    pub blackouts: u8,
-    pub kills: u8,
-    pub losses: u8,
-    pub unreached: u8,
-    pub deaths: u8,
-    pub opens: u8,
-    pub closes: u8,
-    pub lost_answers: u8,
-    pub images: u8,
-}
-
 /// What must never happen and is seen at the moment it does.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Breach {
@@ -558,7 +541,8 @@ pub struct State {
     pub raft: Raft,
     pub proposals: [Option<Proposal>; 3],
     pub promise: Promise,
-    pub left: Left,
+    /// What is left of what may happen.
+    pub left: Bounds,
     pub image: Option<Image>,
     pub breach: Option<Breach>,
     /// Whether anything is ever cleaned: see `Config::cleans`.
