@@ -93,8 +93,10 @@ impl Mirror {
                 JoinStage::Marking | JoinStage::Proposing => {}
                 // Until the take-over has settled its regions the members themselves may differ.
                 JoinStage::Barrier => {
-                    if !self.writes_not_sent_to(slot) && self.settling.is_settled() && !self.is_listing() {
-                        for s in (self.live_members() | Mask::one(slot)).iter() {
+                    let members = self.live_members();
+                    let ready = !members.is_empty() && self.settling.is_settled() && !self.is_listing();
+                    if ready && !self.writes_not_sent_to(slot) {
+                        for s in (members | Mask::one(slot)).iter() {
                             self.request_list(now, s, out);
                         }
                         self.set_stage(slot, JoinStage::Listing);
@@ -136,8 +138,10 @@ impl Mirror {
     /// equalised, but for those that are unallocated everywhere, which read as zeroes on all of them.
     fn listed(&mut self, now: u64, slot: usize, out: &mut Vec<Output>) {
         let regions = self.regions();
-        let everyone = self.live_members() | Mask::one(slot);
-        let mut complete = true;
+        let members = self.live_members();
+        let everyone = members | Mask::one(slot);
+        // Its own list says nothing of what it has missed: the last member may be lost while an addition is in doubt.
+        let mut complete = !members.is_empty();
         for s in everyone.iter() {
             let attach = self.slots[s].attach.as_ref().expect("live");
             if attach.listed.is_none() {

@@ -352,8 +352,13 @@ impl Register<'_> {
             if ended <= from || ended > to {
                 continue;
             }
-            let begun = records[i].at.max(from);
+            let begun = records[i].at;
             let value = self.history.value_read(i, self.sector);
+            if begun < from && self.could_be_read(value, begun, from) {
+                // It saw its value before the loss, or after it; nothing follows from it.
+                continue;
+            }
+            let begun = begun.max(from);
             let at = if value == 0 {
                 let could = |c: &Cluster| {
                     let gone = |o: &Cluster| c.ended.is_some_and(|e| e < o.begun) && o.ended.is_some_and(|e| e < begun);
@@ -385,6 +390,22 @@ impl Register<'_> {
             }
         });
         Ok(next.map(|(_, c)| Candidate { value: c.value, settled: c.ended.is_some() }).collect())
+    }
+
+    /// Whether a read that was asked for at `asked`, before the loss at `loss`, may have seen this value before that.
+    fn could_be_read(&self, value: Value, asked: u64, loss: u64) -> bool {
+        let records = self.entries.iter().map(|i| (*i as usize, &self.history.records[*i as usize]));
+        let writes: Vec<_> = records.filter(|(_, r)| r.asked != Asked::Read).collect();
+        let done_at = |r: &Record| r.told_at.filter(|_| r.told == Told::Done);
+        let replaced = |done: u64| {
+            // A loss in between may have brought it back.
+            let here = |mirror: usize| mirror == self.mirror;
+            let lost = self.history.power_ons.iter().any(|(at, mirror)| here(*mirror) && (done..asked).contains(at));
+            !lost && writes.iter().any(|(_, o)| done < o.at && done_at(o).is_some_and(|at| at < asked))
+        };
+        let written = writes.iter().filter(|(i, r)| self.writes_value(*i) == value && r.at < loss);
+        let mut ends = written.map(|(_, r)| done_at(r)).chain((value == 0).then_some(Some(0)));
+        ends.any(|done| done.is_none_or(|done| !replaced(done)))
     }
 
     fn describe_lost(&self, read: usize, value: Value) -> String {
@@ -504,6 +525,21 @@ mod tests {
         s.0.power_on(0);
         s.read(a);
         assert!(!s.holds());
+    }
+
+    #[test]
+    fn a_read_under_way_at_a_loss_may_have_seen_what_was_there_before() {
+        let mut s = Story::new();
+        let a = s.wrote();
+        let old = s.wrote();
+        let [read, wrong] = [0; 2].map(|_| s.0.ask(Asked::Read, 0, 1, false));
+        s.wrote();
+        s.flushed();
+        s.0.power_on(0);
+        s.0.tell(read, Told::Done, vec![old]);
+        assert!(s.holds());
+        s.0.tell(wrong, Told::Done, vec![a]);
+        assert!(!s.holds(), "it was replaced before the read was asked for");
     }
 
     #[test]
