@@ -111,6 +111,32 @@ fn an_addition_whose_answer_is_lost_counts_both_sets() {
 }
 
 #[test]
+fn a_replica_that_comes_while_the_last_member_is_away_does_not_join_without_it() {
+    let outcome = scenario(|w| {
+        w.open();
+        w.kill_node(0, false);
+        w.kill_node(1, false);
+        w.until("only c is left", |w| w.in_sync() == [2]);
+        // Neither of the others has ever heard of this region.
+        w.write(0, 0, 300, 8, false);
+        w.answered();
+        w.cut(Party::Control, GATEWAY);
+        start(w, 0);
+        w.until("a is added, and the gateway does not know", |w| w.in_sync() == [0, 2]);
+        w.cut(GATEWAY, C);
+        w.reset_link(0, 2);
+        start(w, 1);
+        w.run_for(2 * SECOND);
+        w.join_up(Party::Control, GATEWAY);
+        w.until("b is added", |w| w.in_sync() == [0, 1]);
+        w.kill_node(0, false);
+        w.read(1, 0, 300, 8);
+        w.answered();
+    });
+    assert_eq!(outcome.counters.power_ons, 0);
+}
+
+#[test]
 fn a_write_races_with_a_clean() {
     scenario(|w| {
         w.open();
@@ -175,6 +201,33 @@ fn a_take_over_that_reaches_only_a_restarted_member_waits_for_the_others() {
         w.join_up(Party::Gateway(1), C);
         w.answered();
     });
+}
+
+#[test]
+fn what_a_killed_process_holds_is_not_replaced_by_what_power_cuts_have_left() {
+    for seed in 1..=10 {
+        let outcome = scenario_of(seed, |w| {
+            w.open();
+            fill(w, 64);
+            w.write(0, 0, 10, 8, false);
+            w.answered();
+            w.kill_gateway(0);
+            w.kill_node(0, false);
+            w.kill_node(1, true);
+            w.kill_node(2, true);
+            w.cut(Party::Gateway(1), B);
+            w.cut(Party::Gateway(1), C);
+            (0..3).for_each(|node| start(w, node));
+            w.want_on(1, true);
+            w.until("the session is there", |w| w.takes_requests(1));
+            w.until("it has decided", |w| w.status(1).unsettled > 0);
+            w.join_up(Party::Gateway(1), B);
+            w.join_up(Party::Gateway(1), C);
+            w.read(1, 1, 10, 8);
+            w.answered();
+        });
+        assert_eq!(outcome.counters.power_ons, 0, "one replica has lost nothing");
+    }
 }
 
 #[test]

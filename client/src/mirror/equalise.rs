@@ -247,6 +247,13 @@ impl Mirror {
                 run.failed = true;
                 self.lost.push_back((target, FaultReason::CopyInDoubt));
             }
+            // Its source is not what it was when it was hashed: all of it has ended, and it is hashed again.
+            (
+                Outstanding::Copy { .. } | Outstanding::RelayRead { .. },
+                Reply::Failed { code: Code::Checksum | Code::ReadFailed, .. },
+            ) => {
+                run.failed = true;
+            }
             (Outstanding::RelayRead { target, block, count }, Reply::Read { block: b, sums, data })
                 if b.0 == block && sums.len() as u32 == count && sums_match(&data, &sums) =>
             {
@@ -508,7 +515,8 @@ impl Mirror {
     }
 
     /// Who may be the base of a region's blocks, best first (R7): members that have not restarted; of those that
-    /// have, members dirty there before members clean there.
+    /// have, members dirty there before members clean there. Beside one that holds all that it took, a replica that
+    /// lost its cache is none, however well its older blocks match their sums.
     fn base_ranks(&self, region: RegionIndex, hashed: &[usize]) -> Vec<(u8, usize)> {
         // Only until the region is settled: what is written afterwards is on the members, and on nobody who left.
         let released = self.settling.released.contains(region) && self.settling.unsettled.contains(region);
@@ -526,6 +534,11 @@ impl Mirror {
                 (rank, s)
             })
             .collect();
+        let holds_all =
+            |(rank, s): &(u8, usize)| *rank == 0 || self.slots[*s].attach.as_ref().expect("live").info().kept;
+        if ranks.iter().any(holds_all) {
+            ranks.retain(holds_all);
+        }
         ranks.sort_unstable();
         ranks
     }

@@ -59,7 +59,8 @@ pub(super) struct CopyOp {
     mask: [u64; 4],
     target: CopyTarget,
     pieces: Vec<Piece>,
-    started: bool,
+    /// Taken when it starts.
+    map: Option<Snapshot>,
     /// Pieces that have been begun, and how many of them have not ended.
     next: usize,
     in_flight: u32,
@@ -82,7 +83,7 @@ impl HashOp {
 
 impl CopyOp {
     pub(super) fn new(block: BlockIndex, mask: [u64; 4], target: CopyTarget) -> Self {
-        Self { block, mask, target, pieces: Vec::new(), started: false, next: 0, in_flight: 0, failed: None }
+        Self { block, mask, target, pieces: Vec::new(), map: None, next: 0, in_flight: 0, failed: None }
     }
 }
 
@@ -290,7 +291,7 @@ impl ReplicaCore {
 
     fn advance_copy(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
         let job = body!(op, Copy);
-        if !job.started {
+        if job.map.is_none() {
             let (block, count) = (job.block, named_len(&job.mask));
             if !self.map_or_wait(block, count, id, out) {
                 self.ops.insert(id, op);
@@ -298,7 +299,7 @@ impl ReplicaCore {
             }
             let map = self.snapshot(block, count);
             job.pieces = pieces(count, |i| is_named(&job.mask, i), &map);
-            job.started = true;
+            job.map = Some(map);
         }
         self.continue_copy(id, op, out);
     }
@@ -343,7 +344,8 @@ impl ReplicaCore {
         }
     }
 
-    /// A piece has been read: what is on the disk is sent, with sums of that (the gateway chose the base).
+    /// A piece has been read, and is sent if it is what was written there: the gateway has chosen this base by its
+    /// sums, or had them made anew, and a disk may have changed it since.
     fn copy_piece(&mut self, id: u64, mut op: Op, index: u32, bytes: Option<Vec<u8>>, out: &mut Vec<Output>) {
         let job = body!(op, Copy);
         let piece = job.pieces[index as usize];
@@ -351,13 +353,23 @@ impl ReplicaCore {
         match bytes {
             Some(bytes) if job.failed.is_none() => {
                 assert_eq!(bytes.len() as u64, piece.count * BLOCK_SIZE, "the disk read another length");
+                let map = job.map.as_ref().expect("taken before the disk was asked");
+                let sums = block_sums(&bytes);
+                let bad = |at: &usize| map.unverified(*at) || sums[at - piece.at as usize] != map.sums[*at];
+                if let Some(at) = (piece.at as usize..).take(piece.count as usize).find(bad) {
+                    let block = BlockIndex(job.block.0 + at as u64);
+                    out.push(Output::Notice(Notice::ChecksumMismatch { block }));
+                    job.failed = Some((Code::Checksum, block.0));
+                    job.in_flight -= 1;
+                    return self.continue_copy(id, op, out);
+                }
                 let token = self.number();
                 self.repair.sent.insert(token, (id, index));
                 let request = Request::CopyWrite {
                     replica: job.target.replica,
                     block,
                     count: piece.count as u32,
-                    sums: block_sums(&bytes),
+                    sums,
                     data: bytes.into(),
                 };
                 out.push(Output::SendCopy { to: job.target.clone(), token: CopyToken(token), request });

@@ -38,13 +38,20 @@ pub struct SimFile {
     pages: Vec<Page>,
     /// Pages with something volatile.
     unsynced: BTreeSet<u64>,
+    /// Pages in which a failed write has left parts of what was there before.
+    patched: BTreeSet<u64>,
     /// Counts the writes.
     seq: u64,
 }
 
 impl SimFile {
     pub fn new(bytes: u64) -> Self {
-        Self { pages: vec![Page::default(); (bytes / PAGE) as usize], unsynced: BTreeSet::new(), seq: 0 }
+        Self {
+            pages: vec![Page::default(); (bytes / PAGE) as usize],
+            unsynced: BTreeSet::new(),
+            patched: BTreeSet::new(),
+            seq: 0,
+        }
     }
 
     pub fn bytes(&self) -> u64 {
@@ -66,6 +73,7 @@ impl SimFile {
     }
 
     fn put(&mut self, page: u64, content: Content) {
+        self.patched.remove(&page);
         self.pages[page as usize].volatile.push((self.seq, content));
         self.unsynced.insert(page);
     }
@@ -411,6 +419,7 @@ impl Disk {
             return;
         };
         let pages = self.data.pages.len() as u64;
+        let patched = self.data.patched.clone();
         let healed = &mut self.healed;
         let spoiled = self.data.sync(mark, &mut |at, content| {
             // Space that is freed is not written.
@@ -421,7 +430,9 @@ impl Disk {
             if n < lost + misdirected {
                 return Betrayal::Misdirected((at + 1 + rng.below(pages.max(2) - 1)) % pages);
             }
-            healed.push(at);
+            if !patched.contains(&at) {
+                healed.push(at);
+            }
             Betrayal::None
         });
         self.spoiled.extend(spoiled);
@@ -441,6 +452,7 @@ impl Disk {
                 _ => {
                     let old = target.cached(first + i).clone();
                     target.put(first + i, torn(&old, &new, rng));
+                    target.patched.insert(first + i);
                 }
             }
         }

@@ -352,7 +352,9 @@ impl World {
         let r = &mut self.replicas[replica];
         r.files = true;
         r.disk.wipe_meta();
+        let lost_at = r.watched.lost_at;
         r.watched = Watched::new(&r.layout);
+        r.watched.lost_at = lost_at;
         self.open_core(replica, Some(create));
     }
 
