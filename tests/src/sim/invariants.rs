@@ -18,7 +18,7 @@
 use std::ops::Range;
 
 use node::replica::FileKind;
-use node::replica::layout::{Layout, MAP_BLOCKS, PageKind, decode_bitmap, decode_map};
+use node::replica::layout::{BITMAP_BITS, Layout, MAP_BLOCKS, PageKind, decode_bitmap, decode_map};
 use proto::id::{AttachId, Epoch, ReplicaId, VolumeId};
 use proto::limits::{MAX_ATTACH_IN_FLIGHT, REGION_BLOCKS};
 
@@ -67,7 +67,7 @@ enum Unreadable {
 /// A block as it would be after the loss of every cache; `Err`: it could not be read.
 fn durable_block(r: &Replica, block: u64) -> Result<Option<&[u8]>, Unreadable> {
     let index = block / MAP_BLOCKS;
-    let Some(page) = r.disk.meta.durable(r.layout.map(index) / PAGE) else { return Ok(None) };
+    let Some(page) = map_page(r, index) else { return Ok(None) };
     let map = decode_map(page, index, r.id).ok_or(Unreadable::Page)?;
     let at = (block % MAP_BLOCKS) as usize;
     if map.is_unverified(at) {
@@ -77,6 +77,16 @@ fn durable_block(r: &Replica, block: u64) -> Result<Option<&[u8]>, Unreadable> {
     Ok(content.filter(|bytes| bytes.iter().any(|b| *b != 0)).map(|bytes| &bytes[..]))
 }
 
+/// A map page on the medium, if its presence bit says that there is one: a power cut may leave a page without it.
+fn map_page(r: &Replica, index: u64) -> &Content {
+    let (at, bit) = (index / BITMAP_BITS, (index % BITMAP_BITS) as usize);
+    let presence = r.disk.meta.durable(r.layout.presence(at) / PAGE);
+    let words = presence.as_ref().and_then(|page| decode_bitmap(page, PageKind::Presence, at, r.id));
+    // Under a bad presence page every map page is looked at.
+    let present = words.is_none_or(|mut words| words.nth(bit / 64).expect("a page of words") >> (bit % 64) & 1 == 1);
+    if present { r.disk.meta.durable(r.layout.map(index) / PAGE) } else { &None }
+}
+
 /// The blocks of a run, as [`durable_block`] tells of each; the map's pages are looked at once.
 fn durable_blocks(r: &Replica, blocks: Range<u64>) -> Vec<Result<Option<&[u8]>, Unreadable>> {
     let mut out = Vec::with_capacity((blocks.end - blocks.start) as usize);
@@ -84,7 +94,7 @@ fn durable_blocks(r: &Replica, blocks: Range<u64>) -> Vec<Result<Option<&[u8]>, 
     for block in blocks {
         let index = block / MAP_BLOCKS;
         if known.as_ref().is_none_or(|(i, _)| *i != index) {
-            let page = r.disk.meta.durable(r.layout.map(index) / PAGE);
+            let page = map_page(r, index);
             known = Some((index, page.as_ref().map(|page| decode_map(page, index, r.id))));
         }
         let at = (block % MAP_BLOCKS) as usize;
