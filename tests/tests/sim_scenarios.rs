@@ -364,6 +364,32 @@ fn a_bad_block_is_repaired_beside_writes() {
 }
 
 #[test]
+fn a_bad_block_of_the_last_member_keeps_nobody_out() {
+    let mut setup = Setup::quiet(99);
+    setup.min_in_sync = 2;
+    let story = |w: &mut World| {
+        w.open();
+        fill(w, 64);
+        w.until("everything is on the disks", |w| w.is_in_order());
+        w.kill_node(0, false);
+        w.kill_node(1, false);
+        w.until("only c is left", |w| w.in_sync() == [2]);
+        // Writes wait for another replica, and only a write can mend the block.
+        assert!(w.flip(2, 7), "block 7 is at rest");
+        w.write(0, 0, 7, 1, false);
+        w.write(1, 0, 20, 8, false);
+        w.read(2, 0, 0, 16);
+        start(w, 0);
+        start(w, 1);
+        w.answered();
+        w.until("all are there", |w| w.in_sync() == [0, 1, 2]);
+        w.read(2, 0, 0, 64);
+        w.answered();
+    };
+    run_scenario(setup, story).unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+#[test]
 fn an_aborted_write_is_awaited_once_it_is_out() {
     let outcome = scenario(|w| {
         w.open();

@@ -30,6 +30,10 @@ const YIELDING_PACE_MS: u64 = 40;
 const NO_PATH_MS: u64 = 60_000;
 /// A region that could not be equalised is tried again after this.
 const RETRY_MS: u64 = 2_000;
+/// So often a block that no member can vouch for holds a join up; then it is bad on the joining replica too.
+const MAX_HOPELESS_TRIES: u32 = 10;
+/// When such a region is looked at once more: what could not be read may be readable again.
+const HOPELESS_AGAIN_MS: u64 = 60_000;
 
 /// Which blocks of a region.
 type Blocks = [u64; 4];
@@ -55,6 +59,7 @@ enum EqualiseStage {
 enum Outstanding {
     Hashes { slot: usize },
     Restamp { blocks: Blocks },
+    Distrust,
     Copy { source: usize, target: usize, blocks: Blocks },
     RelayRead { target: usize, block: u64, count: u32 },
     RelayWrite,
@@ -76,11 +81,15 @@ pub(super) struct Equalise {
     outstanding: BTreeMap<u64, Outstanding>,
     hashes: Vec<Option<Vec<BlockHash>>>,
     restamps: Vec<(usize, Blocks)>,
+    /// Blocks of joining replicas that no member can vouch for.
+    distrusts: Vec<(usize, Blocks)>,
     copies: Vec<(usize, usize, Blocks)>,
     relays: VecDeque<(usize, usize, u64, u32)>,
     failed: bool,
-    /// A block was left as it is: no member can vouch for it.
+    /// A block that no member can vouch for was left as it is on a joining replica, for another look.
     hopeless: bool,
+    /// Such a block is bad on a joining replica now, too.
+    distrusted: bool,
 }
 
 /// What the mirror's background work has before it.
@@ -92,6 +101,8 @@ pub(super) struct Background {
     pub compares: VecDeque<(RegionIndex, u64, bool)>,
     /// Regions that failed, and when to try again.
     pub retry_at: BTreeMap<RegionIndex, u64>,
+    /// Regions whose join waits for blocks that no member can vouch for, and how often that was found.
+    hopeless: BTreeMap<RegionIndex, u32>,
     /// Replicas whose nodes could not reach each other, source and destination, and when that was found.
     pub no_path: BTreeMap<(usize, usize), u64>,
     /// A run lost somebody and must be looked at.
@@ -169,10 +180,12 @@ impl Mirror {
             outstanding: BTreeMap::new(),
             hashes: vec![None; self.slots.len()],
             restamps: Vec::new(),
+            distrusts: Vec::new(),
             copies: Vec::new(),
             relays: VecDeque::new(),
             failed: false,
             hopeless: false,
+            distrusted: false,
         };
         assert!(self.equalising.insert(region, run).is_none(), "region {region} is being equalised already");
         let (first, count) = self.blocks_of(region);
@@ -267,7 +280,7 @@ impl Mirror {
                     run.failed = true;
                 }
             }
-            (Outstanding::RelayWrite, Reply::Done(_)) => {}
+            (Outstanding::RelayWrite | Outstanding::Distrust, Reply::Done(_)) => {}
             (_, Reply::Failed { code, .. }) => {
                 run.failed = true;
                 self.lost.push_back((slot, fault_of(code)));
@@ -346,8 +359,13 @@ impl Mirror {
                         let run = self.equalising.get_mut(&region).expect("above");
                         let compare_only = run.compare_only;
                         if !compare_only {
-                            for (slot, blocks) in std::mem::take(&mut run.restamps) {
-                                self.restamp(now, region, slot, blocks, out);
+                            let (restamps, distrusts) =
+                                (std::mem::take(&mut run.restamps), std::mem::take(&mut run.distrusts));
+                            for (slot, blocks) in restamps {
+                                self.restamp(now, region, slot, blocks, false, out);
+                            }
+                            for (slot, blocks) in distrusts {
+                                self.restamp(now, region, slot, blocks, true, out);
                             }
                         }
                         compare_only
@@ -382,15 +400,28 @@ impl Mirror {
         self.equalising[&region].participants.contains(slot) && self.slots[slot].is_live()
     }
 
-    fn restamp(&mut self, now: u64, region: RegionIndex, slot: usize, blocks: Blocks, out: &mut Vec<Output>) {
+    fn restamp(
+        &mut self,
+        now: u64,
+        region: RegionIndex,
+        slot: usize,
+        blocks: Blocks,
+        distrust: bool,
+        out: &mut Vec<Output>,
+    ) {
         if !self.still_takes_part(region, slot) {
             self.equalising.get_mut(&region).expect("runs").failed = true;
             return;
         }
-        let request = Request::Restamp { block: BlockIndex(u64::from(region.0) * REGION_BLOCKS), blocks };
+        let block = BlockIndex(u64::from(region.0) * REGION_BLOCKS);
+        let (request, what) = if distrust {
+            (Request::Distrust { block, blocks }, Outstanding::Distrust)
+        } else {
+            (Request::Restamp { block, blocks }, Outstanding::Restamp { blocks })
+        };
         let tag = self.send(now, slot, What::Equalise(region), request, out);
         let run = self.equalising.get_mut(&region).expect("runs");
-        run.outstanding.insert(tag, Outstanding::Restamp { blocks });
+        run.outstanding.insert(tag, what);
     }
 
     fn copy(
@@ -457,9 +488,15 @@ impl Mirror {
         };
         let mut restamps: BTreeMap<usize, Blocks> = BTreeMap::new();
         let mut copies: BTreeMap<(usize, usize), Blocks> = BTreeMap::new();
-        let mut hopeless = false;
+        let mut distrusts: BTreeMap<usize, Blocks> = BTreeMap::new();
         let bases = self.base_ranks(region, &hashed);
+        if bases.is_empty() && !run.compare_only {
+            // The last member was lost meanwhile; of the others none says what is right.
+            self.equalising.get_mut(&region).expect("runs").failed = true;
+            return;
+        }
         let broken = self.settling.is_broken(region);
+        let unsettled = self.settling.unsettled.contains(region);
         let kept = |slot: usize| self.slots[slot].attach.as_ref().is_some_and(|a| a.info().kept);
         let all_kept = bases.iter().all(|(_, slot)| kept(*slot));
         for i in 0..count as usize {
@@ -475,7 +512,9 @@ impl Mirror {
             let intact = bases.iter().find(|(_, s)| hash(*s, i).intact);
             // Only what a restart, or a write that failed everywhere, left behind may be taken for right although it
             // matches no sum. Elsewhere the block is bad (R10), however dirty its region.
-            let left = bases.iter().filter(|(rank, s)| (*rank > 0 || broken) && run.was_dirty && hash(*s, i).readable);
+            let may_be_left =
+                |rank: u8, s: usize| unsettled && (rank > 0 || broken) && run.was_dirty && hash(s, i).readable;
+            let left = bases.iter().filter(|(rank, s)| may_be_left(*rank, *s));
             // What most have is taken: a disk that has silently dropped a write is alone with what it has.
             let left = left.min_by_key(|(rank, s)| (std::cmp::Reverse(held_by(*s)), *rank, *s));
             let base = match (intact, left) {
@@ -484,7 +523,9 @@ impl Mirror {
                 (Some((_, base)), _) => *base,
                 (None, Some((_, most))) => *most,
                 (None, None) => {
-                    hopeless |= hashed.iter().any(|s| self.slots[*s].join().is_some());
+                    for slot in hashed.iter().filter(|s| self.slots[**s].join().is_some()) {
+                        set_bit(distrusts.entry(*slot).or_default(), i);
+                    }
                     continue;
                 }
             };
@@ -509,9 +550,18 @@ impl Mirror {
         run.comparison = comparison;
         run.restamps = restamps.into_iter().collect();
         run.copies = copies.into_iter().map(|((source, target), blocks)| (source, target, blocks)).collect();
-        // A joining replica's block can't be made equal to one that no member can vouch for, and must not be
-        // served as if it were: its join waits until the block is written again.
-        run.hopeless = hopeless;
+        // A joining replica's block can't be made equal to one that no member can vouch for, and must not be served as
+        // if it were. Its join waits a little, and then takes it over as what it is: bad.
+        let tries = self.background.hopeless.get(&region).copied().unwrap_or_default();
+        run.hopeless = !distrusts.is_empty() && tries < MAX_HOPELESS_TRIES;
+        if !run.hopeless && !run.compare_only {
+            for (slot, blocks) in &distrusts {
+                let (replica, blocks) = (self.slots[*slot].def.replica, bits(blocks).count() as u32);
+                out.push(Output::Log(Event::Distrusted { region, blocks, replica }));
+            }
+            run.distrusted = !distrusts.is_empty();
+            run.distrusts = distrusts.into_iter().collect();
+        }
     }
 
     /// Who may be the base of a region's blocks, best first (R7): members that have not restarted; of those that
@@ -556,9 +606,14 @@ impl Mirror {
                 // The members are as equal as they can be; a replica that joins is not, if a block is hopeless.
                 self.settling.equalised(region);
                 if run.hopeless {
+                    *self.background.hopeless.entry(region).or_default() += 1;
                     self.background.retry_at.insert(region, now + RETRY_MS);
                 } else {
                     self.joined_region(region, run.participants);
+                    if self.background.hopeless.remove(&region).is_some() && run.distrusted {
+                        self.background.repairs.insert(region);
+                        self.background.retry_at.insert(region, now + HOPELESS_AGAIN_MS);
+                    }
                 }
             }
             for id in run.comparing {

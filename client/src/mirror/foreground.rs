@@ -588,9 +588,10 @@ impl Mirror {
                     let durable = op.fua || alone;
                     if !durable {
                         self.unflushed_bytes += u64::from(op.count) * BLOCK_SIZE;
-                        self.unflushed_since.get_or_insert(now);
                     }
                     if !durable || !self.replay.is_empty() {
+                        // Only a flush lets go of it, and the initiator of durable writes may never ask for one.
+                        self.unflushed_since.get_or_insert(now);
                         self.replay.keep(op.block, op.count, op.kind.effect(), self.flush_next);
                     }
                     out.push(Output::Complete { id, outcome: OpOutcome::Done });

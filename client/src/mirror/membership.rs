@@ -154,11 +154,12 @@ impl Mirror {
         for slot in 0..self.slots.len() {
             let member = self.members.contains(slot);
             let s = &mut self.slots[slot];
-            if let Some(Attach { role, .. }) = &mut s.attach
+            if let Some(Attach { role, restarted, .. }) = &mut s.attach
                 && member
                 && matches!(role, Role::Joining(j) if j.stage == JoinStage::Proposing)
             {
-                *role = Role::Member;
+                // What its restart took has been copied to it: it is as good a base as any now.
+                (*role, *restarted) = (Role::Member, false);
                 s.since = now;
             }
             if !member && self.slots[slot].is_member() {

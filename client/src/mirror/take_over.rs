@@ -185,12 +185,15 @@ impl Mirror {
             }
             // A replica that left while regions waited for it does not know those that were written without it, and
             // if a member restarted after that, they are suspect as well: nobody can tell which are which.
-            if !(self.forced || complete || missing.is_empty() && self.awaited.is_empty()) {
+            if !(self.forced || missing.is_empty() && self.awaited.is_empty()) {
+                // The more are there, the fewer blocks are taken for right without a sum that says so.
                 if now < since + RESTARTED_MS {
                     return;
                 }
-                left_behind = missing | self.awaited;
-                blocked = suspect;
+                if !complete {
+                    left_behind = missing | self.awaited;
+                    blocked = suspect;
+                }
             }
             if killed.is_empty() { eligible } else { killed }
         };

@@ -187,6 +187,10 @@ pub enum Event {
     Replaying { writes: usize, bytes: u64 },
     #[error("region {region}: {blocks} blocks matched their sum on no replica; took those of {replica}")]
     Restamped { region: RegionIndex, blocks: u32, replica: ReplicaId },
+    #[error(
+        "region {region}: no replica in sync has {blocks} blocks as they were written: they are bad on {replica} too"
+    )]
+    Distrusted { region: RegionIndex, blocks: u32, replica: ReplicaId },
     #[error("block {block} of replica {replica} fails its checksum")]
     BadBlock { replica: ReplicaId, block: BlockIndex },
 }

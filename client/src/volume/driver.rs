@@ -240,7 +240,7 @@ impl Volume {
     fn log(&self, mirror: usize, event: &Event) {
         let (volume, epoch) = (&self.config.device.name, self.config.epoch);
         match event {
-            Event::Lost { .. } | Event::BadBlock { .. } | Event::Restamped { .. } => {
+            Event::Lost { .. } | Event::BadBlock { .. } | Event::Restamped { .. } | Event::Distrusted { .. } => {
                 tracing::warn!(volume, %epoch, mirror, "{event}");
             }
             _ => tracing::info!(volume, %epoch, mirror, "{event}"),

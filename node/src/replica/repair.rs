@@ -1,4 +1,4 @@
-//! What equalising needs of a replica (R7): hashes of what is on the disk, copies to a peer, and restamps.
+//! What equalising needs of a replica (R7): hashes of what is on the disk, copies to a peer, restamps, and doubt.
 //!
 //! At most [`MAX_REPAIRS`] of these run at a time; the rest wait in order, counted among the requests in flight of
 //! their attach. Each works in pieces that end as separate disk operations, so that foreground requests come
@@ -71,6 +71,8 @@ pub(super) struct CopyOp {
 pub(super) struct RestampOp {
     block: BlockIndex,
     mask: [u64; 4],
+    /// The blocks are not to be believed instead.
+    distrust: bool,
     pieces: Vec<Piece>,
     failed: Option<u64>,
 }
@@ -88,8 +90,8 @@ impl CopyOp {
 }
 
 impl RestampOp {
-    pub(super) fn new(block: BlockIndex, mask: [u64; 4]) -> Self {
-        Self { block, mask, pieces: Vec::new(), failed: None }
+    pub(super) fn new(block: BlockIndex, mask: [u64; 4], distrust: bool) -> Self {
+        Self { block, mask, distrust, pieces: Vec::new(), failed: None }
     }
 }
 
@@ -419,13 +421,21 @@ impl ReplicaCore {
         let (block, count) = (job.block, named_len(&job.mask));
         let (first, last) = regions_of(block, count);
         // Where there is no map page there is nothing to restamp, and no page is to be made.
-        let present = |r: &u64| self.regions.present.get(*r / super::layout::MAP_REGIONS);
-        let regions: Vec<u64> = (u64::from(first)..=u64::from(last)).filter(present).collect();
+        let distrust = job.distrust;
+        let wanted = |r: &u64| distrust || self.regions.present.get(*r / super::layout::MAP_REGIONS);
+        let regions: Vec<u64> = (u64::from(first)..=u64::from(last)).filter(wanted).collect();
         if !self.may_change_or_wait(regions.into_iter(), false, Waiter::Op(id))
             || !self.map_or_wait(block, count, id, out)
         {
             self.ops.insert(id, op);
             return;
+        }
+        if distrust {
+            for (page, at) in (0..count).filter(|i| is_named(&job.mask, *i)).map(|i| place(block.0 + i)) {
+                self.map.modify(page).distrust(at);
+            }
+            let done = Reply::Done(op.kind);
+            return self.finish(op, done, out);
         }
         let map = self.snapshot(block, count);
         job.pieces = pieces(count, |i| is_named(&job.mask, i), &map).into_iter().filter(|p| p.on_disk).collect();

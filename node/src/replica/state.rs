@@ -336,7 +336,10 @@ impl ReplicaCore {
                 self.repair_request(id, op(Body::Copy(CopyOp::new(block, blocks, target))), out);
             }
             Request::Restamp { block, blocks } => {
-                self.repair_request(id, op(Body::Restamp(RestampOp::new(block, blocks))), out);
+                self.repair_request(id, op(Body::Restamp(RestampOp::new(block, blocks, false))), out);
+            }
+            Request::Distrust { block, blocks } => {
+                self.repair_request(id, op(Body::Restamp(RestampOp::new(block, blocks, true))), out);
             }
             Request::Hello { .. } | Request::Attach { .. } | Request::Ping | Request::Detach => {
                 unreachable!("answered above")

@@ -38,12 +38,13 @@ pub enum Kind {
     Ping = 0x10,
     Detach = 0x11,
     Restamp = 0x12,
+    Distrust = 0x13,
 }
 
 impl TryFrom<u8> for Kind {
     type Error = FrameError;
     fn try_from(byte: u8) -> Result<Self, FrameError> {
-        const ALL: [Kind; 18] = [
+        const ALL: [Kind; 19] = [
             Kind::Hello,
             Kind::Attach,
             Kind::Read,
@@ -62,6 +63,7 @@ impl TryFrom<u8> for Kind {
             Kind::Ping,
             Kind::Detach,
             Kind::Restamp,
+            Kind::Distrust,
         ];
         ALL.into_iter().find(|k| *k as u8 == byte).ok_or(FrameError::Kind(byte))
     }
@@ -145,6 +147,9 @@ pub enum Request {
     /// Takes the bytes on the disk for right, where no replica's block matches its sum (R7): the named blocks get
     /// the sum of what they hold.
     Restamp { block: BlockIndex, blocks: [u64; 4] },
+    /// The named blocks are not to be believed, whatever they hold: no replica that could tell has them as they were
+    /// written (R10). They are answered with `Checksum` until they are written.
+    Distrust { block: BlockIndex, blocks: [u64; 4] },
 }
 
 impl Request {
@@ -169,6 +174,7 @@ impl Request {
             Self::Ping => Kind::Ping,
             Self::Detach => Kind::Detach,
             Self::Restamp { .. } => Kind::Restamp,
+            Self::Distrust { .. } => Kind::Distrust,
         }
     }
 
@@ -259,7 +265,7 @@ impl Request {
                     put_sums(b, sums);
                 })
             }
-            Self::Restamp { block, blocks } => {
+            Self::Restamp { block, blocks } | Self::Distrust { block, blocks } => {
                 header.block = block.0;
                 assemble(header, none, 32, |b| blocks.iter().for_each(|w| b.put_u64_le(*w)))
             }
@@ -334,6 +340,7 @@ impl Request {
             Kind::Ping => Self::Ping,
             Kind::Detach => Self::Detach,
             Kind::Restamp => Self::Restamp { block, blocks: read_mask(&mut b)? },
+            Kind::Distrust => Self::Distrust { block, blocks: read_mask(&mut b)? },
         };
         b.end()?;
         Ok(request)
@@ -360,6 +367,7 @@ fn kind_name(kind: Kind) -> &'static str {
         Kind::Ping => "ping",
         Kind::Detach => "detach",
         Kind::Restamp => "restamp",
+        Kind::Distrust => "distrust",
     }
 }
 

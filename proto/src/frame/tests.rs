@@ -220,6 +220,7 @@ fn requests() -> Vec<(Request, &'static str)> {
         ),
         (
             Request::Restamp { block: BlockIndex(0x100), blocks: [1, 2, 3, 4] },
+            Request::Distrust { block: BlockIndex(0x100), blocks: [1, 2, 3, 4] },
             concat!(
                 "6d643939011200000900000000000000",
                 "07080000000000000201000000000000",

@@ -195,6 +195,7 @@ pub fn requests() -> Vec<Request> {
         Request::Hashes { block: block(512), count: 256, key: [7; 32] },
         Request::CopyTo { block: block(600), blocks: [1, 0, 0, 1 << 63], target },
         Request::Restamp { block: block(512), blocks: [u64::MAX, 0, 1 << 24, 0] },
+        Request::Distrust { block: block(512), blocks: [1, 0, 1 << 24, 0] },
         Request::Flush { flush: FlushNo(2) },
         Request::Settle { entries: entries.clone() },
         Request::Clean { clean: CleanNo(2), entries },

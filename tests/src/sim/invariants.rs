@@ -204,7 +204,9 @@ impl World {
             let (mirror, at) = self.volume(volume).place(block + i as u64);
             for replica in self.members_of(volume, mirror) {
                 let r = &self.replicas[replica];
-                if r.watched.lost_at > asked_at || self.volume(volume).rot.contains(&(replica, at)) {
+                let known = self.volume(volume);
+                let bad = known.suspect[block as usize + i] && durable_block(r, at) == Err(Unreadable::Block);
+                if r.watched.lost_at > asked_at || known.rot.contains(&(replica, at)) || bad {
                     continue;
                 }
                 let page = if durable { r.disk.data.durable(at) } else { r.disk.data.cached(at) };
@@ -279,8 +281,14 @@ impl World {
                 (a, b) => a.is_err() != b.is_err(),
             });
             let Some(block) = differs.map(|i| first + i as u64) else { continue };
-            // What a disk did by itself no bit can tell; its sum does.
-            if known.rot.contains(&(pair[0], block)) || known.rot.contains(&(pair[1], block)) {
+            // What a disk did by itself no bit can tell; its sum does. And where a disk failed, other copies may have
+            // become bad knowingly.
+            let at = known.block_of(mirror, block);
+            let unverified = [a, b].iter().any(|r| durable_block(r, block) == Err(Unreadable::Block));
+            if known.rot.contains(&(pair[0], block))
+                || known.rot.contains(&(pair[1], block))
+                || unverified && at.is_some_and(|at| known.suspect[at as usize])
+            {
                 continue;
             }
             self.fail(format!(

@@ -528,7 +528,6 @@ fn target() -> CopyTarget {
 fn a_copy_sends_what_is_on_the_disk_and_ends_with_the_last_answer() {
     let mut rig = Rig::attached();
     rig.done(write(0, 3, 1));
-    rig.data.current[B] ^= 1;
     let copy = Request::CopyTo { block: BlockIndex(0), blocks: [0b11_1111, 0, 0, 1 << 63], target: target() };
     let tag = rig.send(copy);
     rig.run();
@@ -551,6 +550,45 @@ fn a_copy_sends_what_is_on_the_disk_and_ends_with_the_last_answer() {
         rig.step(Input::CopySent { token: *token, result: Ok(()) });
     }
     assert_eq!(rig.reply(tag), Some(&Reply::Done(Kind::CopyTo)));
+}
+
+#[test]
+fn r10_a_copy_does_not_send_what_has_changed_on_the_disk() {
+    let mut rig = Rig::attached();
+    rig.done(write(0, 3, 1));
+    rig.data.current[B] ^= 1;
+    let copy = Request::CopyTo { block: BlockIndex(0), blocks: [0b111, 0, 0, 0], target: target() };
+    assert_eq!(failed(&rig.ask(copy.clone())), Code::Checksum);
+    assert!(rig.sent.is_empty());
+    rig.done(Request::Restamp { block: BlockIndex(0), blocks: [0b10, 0, 0, 0] });
+    rig.send(copy);
+    rig.run();
+    assert_eq!(rig.sent.len(), 1, "taken for right, it is sent");
+}
+
+#[test]
+fn r10_a_distrusted_block_is_bad_until_it_is_written() {
+    let mut rig = Rig::attached();
+    rig.done(write(0, 2, 1));
+    // One that holds something, and one in a region that nobody ever wrote to.
+    for block in [0, 512] {
+        rig.done(Request::Distrust { block: BlockIndex(block), blocks: [0b10, 0, 0, 0] });
+    }
+    let check = |rig: &mut Rig| {
+        assert_eq!((rig.bytes(1, 1), rig.bytes(513, 1)), (Err(Code::Checksum), Err(Code::Checksum)));
+        assert_eq!(rig.bytes(0, 1).unwrap(), pattern(0, 1, 1));
+        assert_eq!(rig.bytes(512, 1).unwrap(), Bytes::from(vec![0; B]));
+        let copy = Request::CopyTo { block: BlockIndex(0), blocks: [0b11, 0, 0, 0], target: target() };
+        assert_eq!(failed(&rig.ask(copy)), Code::Checksum);
+    };
+    check(&mut rig);
+    rig.flush(1);
+    rig.power_cut(&mut Rng(3));
+    rig.attach(2, 1);
+    check(&mut rig);
+    rig.done(write(1, 1, 2));
+    rig.done(write(513, 1, 2));
+    assert_eq!((rig.bytes(1, 1).unwrap(), rig.bytes(513, 1).unwrap()), (pattern(1, 1, 2), pattern(513, 1, 2)));
 }
 
 #[test]
@@ -652,6 +690,7 @@ fn ranges_past_the_end_are_invalid() {
         Request::CopyTo { block: end, blocks: mask, target: target() },
         Request::CopyTo { block: BlockIndex(0), blocks: [0; 4], target: target() },
         Request::Restamp { block: BlockIndex(u64::MAX - 1), blocks: [4, 0, 0, 0] },
+        Request::Distrust { block: end, blocks: mask },
         Request::ListRegions { first: RegionIndex(1), count: 7 },
         Request::ListRegions { first: RegionIndex(u32::MAX), count: u32::MAX },
     ] {
