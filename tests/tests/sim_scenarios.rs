@@ -390,6 +390,70 @@ fn a_bad_block_of_the_last_member_keeps_nobody_out() {
 }
 
 #[test]
+fn a_replica_that_came_back_mends_the_others() {
+    scenario(|w| {
+        w.open();
+        fill(w, 64);
+        w.kill_node(1, true);
+        w.until("b has left", |w| w.in_sync() == [0, 2]);
+        w.write(0, 0, 30, 1, false);
+        start(w, 1);
+        w.until("b is back, and all is on the disks", |w| w.in_sync() == [0, 1, 2] && w.is_in_order());
+        for node in [0, 2] {
+            assert!(w.flip(node, 7), "block 7 is at rest");
+        }
+        // The reads of a chunk go to one replica; whichever it is, some find it bad.
+        w.read(0, 0, 0, 64);
+        w.answered();
+        w.run_for(SECOND);
+        w.kill_node(1, false);
+        w.read(0, 0, 7, 1);
+        w.answered();
+        assert_eq!(w.history().last_read(), [1; 8]);
+    });
+}
+
+#[test]
+fn durable_writes_alone_do_not_fill_what_is_kept() {
+    scenario(|w| {
+        w.open();
+        w.kill_node(2, false);
+        w.until("c has left", |w| w.in_sync() == [0, 1]);
+        w.write(0, 0, 0, 1, false);
+        w.answered();
+        // Some are acknowledged while the flush is out that the first one brings about.
+        w.nodes[1].faults.slow = 20;
+        for _ in 0..3000 {
+            for client in (0..8).filter(|client| w.client_is_idle(*client)).collect::<Vec<_>>() {
+                w.write(client, 0, client as u64 * 64, 64, true);
+            }
+            w.run_for(MS);
+        }
+        w.answered();
+    });
+}
+
+#[test]
+fn the_first_to_be_back_after_a_power_cut_does_not_spread_its_bad_blocks() {
+    scenario(|w| {
+        w.open();
+        fill(w, 64);
+        w.until("everything is on the disks", |w| w.is_in_order());
+        w.write(0, 0, 20, 8, false);
+        w.answered();
+        (0..3).for_each(|node| w.kill_node(node, true));
+        assert!(w.flip(0, 7), "block 7 is at rest");
+        start(w, 0);
+        w.run_for(5 * SECOND);
+        start(w, 1);
+        start(w, 2);
+        w.read(0, 0, 7, 1);
+        w.answered();
+        assert_eq!(w.history().last_read(), [1; 8]);
+    });
+}
+
+#[test]
 fn an_aborted_write_is_awaited_once_it_is_out() {
     let outcome = scenario(|w| {
         w.open();

@@ -565,8 +565,8 @@ impl Mirror {
     }
 
     /// Who may be the base of a region's blocks, best first (R7): members that have not restarted; of those that
-    /// have, members dirty there before members clean there. Beside one that holds all that it took, a replica that
-    /// lost its cache is none, however well its older blocks match their sums.
+    /// have, members dirty there before members clean there. Where that is to be settled, a replica that lost its
+    /// cache is none beside one that holds all that it took, however well its older blocks match their sums.
     fn base_ranks(&self, region: RegionIndex, hashed: &[usize]) -> Vec<(u8, usize)> {
         // Only until the region is settled: what is written afterwards is on the members, and on nobody who left.
         let released = self.settling.released.contains(region) && self.settling.unsettled.contains(region);
@@ -586,7 +586,7 @@ impl Mirror {
             .collect();
         let holds_all =
             |(rank, s): &(u8, usize)| *rank == 0 || self.slots[*s].attach.as_ref().expect("live").info().kept;
-        if ranks.iter().any(holds_all) {
+        if self.settling.unsettled.contains(region) && ranks.iter().any(holds_all) {
             ranks.retain(holds_all);
         }
         ranks.sort_unstable();

@@ -100,10 +100,11 @@ pub fn values_of(first: u64, data: &[u8], salt: u64) -> Result<Vec<Value>, (u64,
         let sector = first + i as u64;
         let value = word(bytes, 0);
         let good = match value {
-            0 => word(bytes, 1) == 0 && word(bytes, 63) == 0,
+            0 => bytes.iter().all(|b| *b == 0),
             v => {
                 let fill = fill_of(v, sector, salt);
-                word(bytes, 1) == sector && word(bytes, 2) == fill && word(bytes, 63) == fill
+                let filled = || bytes[16..].as_chunks().0.iter().all(|b| u64::from_le_bytes(*b) == fill);
+                value <= Value::MAX.into() && word(bytes, 1) == sector && filled()
             }
         };
         if !good {
