@@ -7,7 +7,6 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -40,19 +39,6 @@ const FORGET_MS: u64 = 120_000;
 const LAST_IO: Duration = Duration::from_secs(5);
 /// Connections of one data thread; one more is closed.
 const MAX_CONNS: usize = 1024;
-
-/// The machine's boot, without which no allocation is journaled.
-static BOOT_ID: LazyLock<[u8; 16]> = LazyLock::new(|| {
-    const PATH: &str = "/proc/sys/kernel/random/boot_id";
-    let id = std::fs::read_to_string(PATH).map_err(|e| e.to_string());
-    match id.and_then(|id| uuid::Uuid::parse_str(id.trim()).map_err(|e| e.to_string())) {
-        Ok(id) => id.into_bytes(),
-        Err(error) => {
-            tracing::warn!(%error, "can't read {PATH}: a killed process loses writes that were not flushed");
-            [0; 16]
-        }
-    }
-});
 
 /// What a data thread is told by others.
 pub(super) enum Command {
@@ -120,9 +106,6 @@ struct Inner {
     closed: Option<oneshot::Sender<()>>,
     reopen_pause_ms: u64,
     faulted_at_ms: u64,
-    /// It faulted, or could not be opened for its disk, and has not been opened since: what was in the page cache is not
-    /// to be counted on.
-    cache_lost: bool,
 }
 
 enum State {
@@ -545,7 +528,6 @@ impl Thread {
         tracing::info!(volume = %spec.volume, replica = %spec.replica, epoch = %report.epoch, dirty = report.dirty,
             rebuilt = report.rebuilt, journal_blocks = report.journal_blocks, "replica is open");
         let mut inner = cell.inner.borrow_mut();
-        inner.cache_lost = false;
         let State::Opening(core) = std::mem::replace(&mut inner.state, State::Closed) else {
             panic!("a replica opened that was not opening");
         };
@@ -562,7 +544,9 @@ impl Thread {
             "replica can't be opened");
         let mut inner = cell.inner.borrow_mut();
         // A sync that fails drops what it should have written.
-        inner.cache_lost |= matches!(error, OpenError::Disk { .. });
+        if matches!(error, OpenError::Disk { .. }) {
+            inner.files.as_ref().expect("they were being opened").end_era();
+        }
         inner.state = State::Refused(error.to_string());
         // So that the next attempt finds them unlocked.
         inner.files = None;
@@ -578,7 +562,7 @@ impl Thread {
             inner.reopen_pause_ms = REOPEN_MS.0;
         }
         inner.faulted_at_ms = now;
-        inner.cache_lost = true;
+        inner.files.as_ref().expect("a replica with a core has its files").end_era();
         let pause = inner.reopen_pause_ms;
         inner.reopen_pause_ms = (pause * 2).min(REOPEN_MS.1);
         let spec = &cell.spec;
@@ -613,8 +597,7 @@ impl Thread {
             ids: ReplicaIds { cluster: spec.cluster, volume: spec.volume, mirror: spec.mirror, replica: spec.replica },
             blocks: spec.blocks(),
             incarnation: self.config.incarnation,
-            boot: *BOOT_ID,
-            cache_kept: !cell.inner.borrow().cache_lost,
+            era: cell.inner.borrow().files.as_ref().expect("they are there to be opened").era(),
             map_cache_pages: self.cache_share(),
         };
         let mut out = Vec::new();
@@ -726,7 +709,6 @@ impl Thread {
             closed: None,
             reopen_pause_ms: REOPEN_MS.0,
             faulted_at_ms: 0,
-            cache_lost: false,
         };
         let cell = Rc::new(ReplicaCell { spec, inner: RefCell::new(inner) });
         self.replicas.insert(cell.spec.replica, cell.clone());

@@ -43,11 +43,10 @@ pub struct Config {
     pub blocks: u64,
     /// The process's random number (R1).
     pub incarnation: Incarnation,
-    /// The machine's boot: another one after every loss of the page cache by a power cut or a crash of the system.
-    /// Zeroes: not known, and no allocation is journaled; see `journal`.
-    pub boot: [u8; 16],
-    /// The page cache still has what earlier processes of this boot wrote. Not so after a fault.
-    pub cache_kept: bool,
+    /// The era of the page cache: as long as it is the same, the cache has what earlier processes wrote. Another one
+    /// after every boot, every fault, and every opening that failed on the disk. Zeroes: not known, and no allocation
+    /// is journaled; see `journal`.
+    pub era: [u8; 16],
     /// Pages of the block map that are kept in memory; modified and used pages may exceed it by what the requests
     /// in flight need. See [`super::ReplicaCore::set_cache_limit`].
     pub map_cache_pages: usize,

@@ -10,10 +10,10 @@
 //!                                        └─ no ─────────────────────────────┘
 //! ```
 //!
-//! Each page tells during which boot of the machine it was written. It is believed in the same one only: after a
-//! power cut the page may be on the disk while the data is not. Nor is it believed after a fault, which drops the
-//! cache. What it names was written before it was, so in the same boot the page cache has that data, or what came
-//! after it: a later write, or the zeroes of a later discard. When the replica is opened, such blocks of dirty regions
+//! Each page tells in which era of the page cache it was written. It is believed in the same one only: after a power
+//! cut the page may be on the disk while the data is not, and a fault, or a sync that fails while the replica is
+//! opened, drops the cache. What it names was written before it was, so in the same era the page cache has that data,
+//! or what came after it: a later write, or the zeroes of a later discard. When the replica is opened, such blocks of dirty regions
 //! that the map has for unallocated become unverified, for equalising to settle, instead of being freed; they are
 //! made durable before their map pages say so (R10).
 //!
@@ -26,7 +26,7 @@
 //! Together with the page cache the journal keeps everything that was answered, as long as only processes end. Whether
 //! that has been so goes from process to process as a bit of every page, *whole*. Without it the replica opens with
 //! losses, if any region was dirty, and becomes whole again when its last suspect region is settled: from then on it
-//! holds all that the members hold. The next process of this boot tells the gateway (`AttachInfo::kept`), which then
+//! holds all that the members hold. The next process of this era tells the gateway (`AttachInfo::kept`), which then
 //! treats its restart as none (R8).
 
 use std::collections::VecDeque;
@@ -108,15 +108,10 @@ impl Journal {
         self.records.push((block, count));
     }
 
-    /// Takes what an earlier process of this boot left, from the slots in order; tells the blocks it names. `believe`
-    /// is false if they are only to be left behind.
-    pub(super) fn recover(&mut self, pages: &[JournalPage], believe: bool) -> Vec<(u64, u32)> {
+    /// Takes what an earlier process of this era left, from the slots in order; tells the blocks it names.
+    pub(super) fn recover(&mut self, pages: &[JournalPage]) -> Vec<(u64, u32)> {
         let Some(newest) = pages.iter().max_by_key(|p| p.number) else { return Vec::new() };
         self.current = newest.number + 1;
-        self.oldest = self.current;
-        if !believe {
-            return Vec::new();
-        }
         (self.whole, self.opened_whole, self.unsaid) = (newest.whole, newest.whole, false);
         let floor = pages.iter().map(|p| p.oldest).max().expect("there is one");
         let counting: Vec<&JournalPage> = pages.iter().filter(|p| p.number >= floor).collect();
@@ -137,7 +132,7 @@ pub(super) fn add_to_runs(runs: &mut Vec<(u64, u32)>, block: u64) {
 impl ReplicaCore {
     /// Whether allocations are journaled at all.
     pub(super) fn journals(&self) -> bool {
-        self.config.boot != [0; 16]
+        self.config.era != [0; 16]
     }
 
     /// The request's blocks have just been allocated; it goes on when a record of them has been written.
@@ -191,7 +186,7 @@ impl ReplicaCore {
     pub(super) fn write_journal_page(&mut self, page: &JournalPage, version: u64, io: Io, out: &mut Vec<Output>) {
         let slot = page.number % JOURNAL_PAGES * 2 + version % 2;
         let mut bytes = BytesMut::with_capacity(PAGE as usize);
-        layout::encode_journal(&mut bytes, slot, self.config.ids.replica, self.config.boot, page);
+        layout::encode_journal(&mut bytes, slot, self.config.ids.replica, self.config.era, page);
         let offset = self.layout.journal(slot);
         self.disk(io, DiskIo::Write { file: FileKind::Meta, offset, bytes: bytes.freeze() }, out);
     }
@@ -209,14 +204,14 @@ impl ReplicaCore {
         }
     }
 
-    /// The pages of this boot, whatever their age.
+    /// The pages of this era, whatever their age.
     pub(super) fn decode_journal(&self, bytes: &[u8]) -> Vec<JournalPage> {
         if !self.journals() {
             return Vec::new();
         }
         (0..JOURNAL_SLOTS)
             .zip(bytes.chunks_exact(PAGE as usize))
-            .filter_map(|(slot, page)| layout::decode_journal(page, slot, self.config.ids.replica, self.config.boot))
+            .filter_map(|(slot, page)| layout::decode_journal(page, slot, self.config.ids.replica, self.config.era))
             // Nobody counts so far, and the next one must fit.
             .filter(|page| page.number <= u64::MAX / 2)
             .filter(|page| page.number.checked_sub(page.oldest).is_some_and(|n| n < JOURNAL_PAGES))
@@ -230,18 +225,5 @@ impl ReplicaCore {
             self.journal.begin_page();
             (self.journal.whole, self.journal.unsaid) = (true, true);
         }
-    }
-
-    /// An empty page after all others: nothing that is in them counts, and what was answered may be lost.
-    pub(super) fn void_journal(&mut self, io: Io, out: &mut Vec<Output>) {
-        // A page of its own: the current one may be being written.
-        self.journal.begin_page();
-        self.journal.oldest = self.journal.current;
-        (self.journal.whole, self.journal.opened_whole, self.journal.unsaid) = (false, false, false);
-        let number = self.journal.current;
-        let page = JournalPage { number, oldest: number, whole: false, records: Vec::new() };
-        self.write_journal_page(&page, 0, io, out);
-        self.journal.begin_page();
-        self.journal.oldest = self.journal.current;
     }
 }

@@ -11,7 +11,7 @@
 //! 48  zero      16 bytes
 //! 64  bitmap:   4032 bytes, bit 0 of byte 0 first
 //!     map:      3 × (256 sums u32, 256 allocation bits, 256 bits "unverified"), then zeroes
-//!     journal:  boot id 16 bytes, page number u64, oldest page that counts u64, number of records u32, whole u32,
+//!     journal:  era 16 bytes, page number u64, oldest page that counts u64, number of records u32, whole u32,
 //!               then records: first block u64, count u32; then zeroes
 //! ```
 
@@ -262,9 +262,9 @@ pub struct JournalPage {
 }
 
 /// Appends a journal page.
-pub fn encode_journal(out: &mut BytesMut, slot: u64, replica: ReplicaId, boot: [u8; 16], page: &JournalPage) {
+pub fn encode_journal(out: &mut BytesMut, slot: u64, replica: ReplicaId, era: [u8; 16], page: &JournalPage) {
     encode(out, PageKind::Journal, slot, replica, |out| {
-        out.put_slice(&boot);
+        out.put_slice(&era);
         out.put_u64_le(page.number);
         out.put_u64_le(page.oldest);
         out.put_u32_le(page.records.len() as u32);
@@ -276,11 +276,11 @@ pub fn encode_journal(out: &mut BytesMut, slot: u64, replica: ReplicaId, boot: [
     });
 }
 
-/// A journal page of this boot; `None`: it is bad, or of another one.
-pub fn decode_journal(page: &[u8], slot: u64, replica: ReplicaId, boot: [u8; 16]) -> Option<JournalPage> {
+/// A journal page of this era; `None`: it is bad, or of another one.
+pub fn decode_journal(page: &[u8], slot: u64, replica: ReplicaId, era: [u8; 16]) -> Option<JournalPage> {
     let payload = payload(page, PageKind::Journal, slot, replica)?;
     let (header, records) = payload.split_at(JOURNAL_HEADER);
-    if header[..16] != boot {
+    if header[..16] != era {
         return None;
     }
     let u64_at = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));

@@ -51,7 +51,7 @@
 //! - data without its allocation, or a punch that is lost: bytes in a block that reads as zeroes. They are freed
 //!   before anybody looks, see `map`;
 //! - after a kill, data without its allocation in the map, but with a record of it in the allocation journal of this
-//!   boot: the blocks become unverified. After a power cut the journal is of another boot, and ignored;
+//!   era: the blocks become unverified. After a power cut the journal is of another era, and ignored;
 //! - what a killed process had only written, not synced: the meta file is synced before it is read.
 
 mod attach;

@@ -63,7 +63,6 @@ enum Stage {
     JournalData,
     JournalMap,
     JournalMeta,
-    JournalVoid,
     /// Nothing else is awaited.
     Sweep,
 }
@@ -190,17 +189,17 @@ impl ReplicaCore {
             Stage::Bitmaps => self.take_bitmaps(piece, result.ok()),
             Stage::LostPresence => self.look_for_map_pages(result.ok()),
             Stage::Journal => self.take_journal(result.ok()),
-            // What could not be made durable is not believed, and never synced again in the hope that it can (R2).
-            Stage::JournalData if result.is_err() => self.opening().named.clear(),
             Stage::JournalMap => {
                 if let Err(error) = self.mark_journaled(piece, result, out) {
                     return self.open_failed(OpenError::Disk { file: FileKind::Meta, error }, out);
                 }
             }
             Stage::Sweep if result.is_err() => self.keep_unswept(piece),
-            _ => {
+            // What could not be made durable is not believed, and never synced again in the hope that it can (R2): the
+            // next opening is of another era.
+            stage => {
                 if let Err(error) = result {
-                    let file = FileKind::Meta;
+                    let file = if stage == Stage::JournalData { FileKind::Data } else { FileKind::Meta };
                     return self.open_failed(OpenError::Disk { file, error }, out);
                 }
             }
@@ -262,28 +261,20 @@ impl ReplicaCore {
                 self.disk(Io::Open(0), read, out);
             }
             Stage::LastSync => self.read_journal(out),
-            stage @ (Stage::Journal | Stage::JournalData) => {
-                let named = !self.opening().named.is_empty();
-                match (stage, named) {
-                    (Stage::Journal, true) => {
-                        self.opening().stage = Stage::JournalData;
-                        self.opening().ios = 1;
-                        self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Data }, out);
-                    }
-                    (Stage::Journal, false) if self.config.cache_kept => self.sweep_unmapped(out),
-                    (_, true) => {
-                        self.opening().stage = Stage::JournalMap;
-                        self.read_journaled(out);
-                    }
-                    (_, false) => {
-                        self.opening().stage = Stage::JournalVoid;
-                        self.opening().ios = 1;
-                        self.void_journal(Io::Open(0), out);
-                    }
+            Stage::Journal => {
+                if self.opening().named.is_empty() {
+                    return self.sweep_unmapped(out);
                 }
+                self.opening().stage = Stage::JournalData;
+                self.opening().ios = 1;
+                self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Data }, out);
+            }
+            Stage::JournalData => {
+                self.opening().stage = Stage::JournalMap;
+                self.read_journaled(out);
             }
             Stage::JournalMap => self.read_journaled(out),
-            Stage::JournalMeta | Stage::JournalVoid => self.sweep_unmapped(out),
+            Stage::JournalMeta => self.sweep_unmapped(out),
             Stage::Sweep => self.opened(out),
         }
     }
@@ -426,7 +417,7 @@ impl ReplicaCore {
         let Some(DiskData::Read(bytes)) = data else { return };
         let pages = self.decode_journal(&bytes);
         let mut named: BTreeMap<u64, Vec<(u64, u64)>> = BTreeMap::new();
-        for (first, count) in self.journal.recover(&pages, self.config.cache_kept) {
+        for (first, count) in self.journal.recover(&pages) {
             if !self.in_range(BlockIndex(first), count.into()) {
                 continue;
             }

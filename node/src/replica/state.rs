@@ -476,11 +476,6 @@ impl ReplicaCore {
             self.refuse(taking.from, Kind::Attach, Code::Faulted, 0, out);
         }
         self.attach.current = None;
-        if self.journals() {
-            // What it names is about to be dropped from the cache. Tried only: whoever opens it next is told as well,
-            // unless this process is killed before.
-            self.void_journal(Io::Journal, out);
-        }
         out.push(Output::Faulted(reason));
     }
 }

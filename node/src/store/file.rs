@@ -119,6 +119,11 @@ impl FilePair {
         }
     }
 
+    /// Names the files among those of this machine, as long as they exist.
+    pub(crate) fn era_key(&self) -> Option<String> {
+        self.meta.metadata().ok().map(|is| era_key(&is))
+    }
+
     /// Forgets what the page cache holds. Pages whose write-back has failed go too, so that what is read next is
     /// what the disk holds.
     pub fn drop_cache(&self) {
@@ -176,6 +181,12 @@ impl FilePair {
     }
 }
 
+fn era_key(meta: &std::fs::Metadata) -> String {
+    // A device's own number, where it is one.
+    let dev = if meta.rdev() != 0 { meta.rdev() } else { meta.dev() };
+    format!("{dev:x}-{:x}", meta.ino())
+}
+
 fn lock(file: &File, path: &Path) -> Result<(), FileProblem> {
     let until = Instant::now() + LOCK_WAIT;
     loop {
@@ -200,6 +211,9 @@ fn sync_dir(dir: &Path) -> Result<(), FileProblem> {
 /// # Errors
 /// [`FileProblem`], which names the file.
 pub fn delete(dir: &Path, replica: ReplicaId) -> Result<(), FileProblem> {
+    if let Ok(meta) = path(dir, replica, FileKind::Meta).metadata() {
+        super::era::end(&era_key(&meta));
+    }
     for file in [FileKind::Data, FileKind::Meta] {
         let path = path(dir, replica, file);
         match std::fs::remove_file(&path) {

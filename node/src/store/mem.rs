@@ -1,10 +1,12 @@
 //! Replicas' files in memory, with faults to order. For tests.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use proto::id::ReplicaId;
 
+use super::era::Era;
 use crate::replica::layout::Layout;
 use crate::replica::{DiskData, DiskError, DiskIo, FileKind, FileLengths};
 
@@ -35,7 +37,8 @@ impl MemPool {
         let mut replicas = self.replicas.lock().expect("not poisoned");
         if create {
             let fault = self.fault.clone();
-            let new = || Arc::new(MemFiles { data: Mutex::default(), meta: Mutex::default(), fault });
+            let era = AtomicU64::new(1);
+            let new = || Arc::new(MemFiles { data: Mutex::default(), meta: Mutex::default(), era, fault });
             return Some(replicas.entry(replica).or_insert_with(new).clone());
         }
         replicas.get(&replica).cloned()
@@ -51,6 +54,7 @@ impl MemPool {
 pub struct MemFiles {
     data: Mutex<Vec<u8>>,
     meta: Mutex<Vec<u8>>,
+    era: AtomicU64,
     fault: Arc<Mutex<Option<Fault>>>,
 }
 
@@ -81,6 +85,16 @@ impl MemFiles {
     /// Current lengths.
     pub fn lengths(&self) -> FileLengths {
         FileLengths { data: self.file(FileKind::Data).len() as u64, meta: self.file(FileKind::Meta).len() as u64 }
+    }
+
+    /// See [`super::era`].
+    pub fn era(&self) -> Era {
+        u128::from(self.era.load(Ordering::Relaxed)).to_le_bytes()
+    }
+
+    /// See [`super::era`].
+    pub fn end_era(&self) {
+        self.era.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Changes the bytes of a file, as rot would.

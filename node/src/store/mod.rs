@@ -1,6 +1,7 @@
 //! Where replicas' files are, and how disk operations are carried out.
 //!
 //! - [`file`]: a replica's two files in a directory: made, locked, opened, deleted;
+//! - [`era`]: whether the page cache still has what earlier processes wrote to them;
 //! - [`mem`]: the same in memory, with faults to order, for tests;
 //! - [`engine`]: carries [`DiskIo`](crate::replica::DiskIo) out for one data thread, through a pool of blocking
 //!   threads ([`blocking`]) or an io_uring ([`uring`]).
@@ -11,6 +12,7 @@
 
 pub mod blocking;
 pub mod engine;
+pub mod era;
 pub mod file;
 pub mod mem;
 pub mod uring;
@@ -40,6 +42,22 @@ impl ReplicaFiles {
         match self {
             Self::File(files) => files.lengths(),
             Self::Mem(files) => Ok(files.lengths()),
+        }
+    }
+
+    /// The era of the page cache, for a core that is about to open.
+    pub fn era(&self) -> era::Era {
+        match self {
+            Self::File(files) => files.era_key().map_or(era::UNKNOWN, |key| era::present(&key)),
+            Self::Mem(files) => files.era(),
+        }
+    }
+
+    /// What was written may be gone: a sync has failed.
+    pub fn end_era(&self) {
+        match self {
+            Self::File(files) => _ = files.era_key().map(|key| era::end(&key)),
+            Self::Mem(files) => files.end_era(),
         }
     }
 

@@ -102,15 +102,8 @@ struct Rig {
     attach: AttachId,
 }
 
-fn config(boot: u8) -> Config {
-    Config {
-        ids: ids(),
-        blocks: BLOCKS,
-        incarnation: Incarnation(7),
-        boot: [boot; 16],
-        cache_kept: true,
-        map_cache_pages: 1,
-    }
+fn config(era: u8) -> Config {
+    Config { ids: ids(), blocks: BLOCKS, incarnation: Incarnation(7), era: [era; 16], map_cache_pages: 1 }
 }
 
 impl Rig {
@@ -142,11 +135,11 @@ impl Rig {
         Self::new(core, Files::default(), 0, out)
     }
 
-    fn open(files: Files, boot: u8, cache_kept: bool, seed: u64) -> Self {
+    fn open(files: Files, era: u8, seed: u64) -> Self {
         let layout = Layout::new(BLOCKS);
         let mut out = Vec::new();
         let lengths = FileLengths { data: layout.data_len(), meta: layout.meta_len() };
-        let core = ReplicaCore::open(Config { cache_kept, ..config(boot) }, lengths, &mut out);
+        let core = ReplicaCore::open(config(era), lengths, &mut out);
         Self::new(core, files, seed, out)
     }
 
@@ -243,7 +236,7 @@ pub fn run_requests(input: &[u8], seen: &mut Seen) {
             requests.push((header, request));
         }
     });
-    let mut rig = Rig::open(base(usize::from(flags >> 1 & 3)).files.clone(), 1, true, seed.into());
+    let mut rig = Rig::open(base(usize::from(flags >> 1 & 3)).files.clone(), 1, seed.into());
     rig.errors = if flags & 8 != 0 { 20 } else { 0 };
     let mut asked: BTreeMap<(ConnId, u32, u64), usize> = BTreeMap::new();
     for (header, request) in requests {
@@ -319,8 +312,7 @@ enum Truth {
 struct Base {
     files: Files,
     truth: Vec<Truth>,
-    boot: u8,
-    cache_kept: bool,
+    era: u8,
 }
 
 fn pattern(block: u64, seed: u64) -> Vec<u8> {
@@ -340,7 +332,7 @@ fn make_bases() -> [Base; 4] {
     let done = |reply: Reply| assert!(matches!(reply, Reply::Done(_)), "{reply:?}");
     let mut rig = Rig::create(Create::Clean);
     let mut truth = vec![Truth::Zeroes; BLOCKS as usize];
-    let new = Base { files: rig.files.clone(), truth: truth.clone(), boot: 1, cache_kept: true };
+    let new = Base { files: rig.files.clone(), truth: truth.clone(), era: 1 };
     assert!(matches!(rig.attach_as(AttachId { epoch: Epoch(2), attach: AttachNo(1) }), Reply::Attached(_)));
     done(rig.ask(Request::StoreSet { set: set() }));
     for (block, count, seed) in [(0, 3, 1), (254, 4, 2), (700, 40, 3), (990, 10, 4)] {
@@ -357,10 +349,10 @@ fn make_bases() -> [Base; 4] {
             *block = Truth::Pattern(seed);
         }
     }
-    let flushed = Base { files: rig.files.clone(), truth: truth.clone(), boot: 1, cache_kept: true };
+    let flushed = Base { files: rig.files.clone(), truth: truth.clone(), era: 1 };
     write(&mut rig, &mut truth, 300, 20, 5);
     write(&mut rig, &mut truth, 800, 2, 6);
-    let killed = |boot| Base { files: rig.files.clone(), truth: truth.clone(), boot, cache_kept: boot == 1 };
+    let killed = |era| Base { files: rig.files.clone(), truth: truth.clone(), era };
     [new, flushed, killed(1), killed(2)]
 }
 
@@ -444,7 +436,7 @@ pub fn run_meta(input: &[u8], seen: &mut Seen) {
         }
         files.meta.insert(at, page.into());
     }
-    let mut rig = Rig::open(files, base.boot, base.cache_kept, seed.into());
+    let mut rig = Rig::open(files, base.era, seed.into());
     match rig.opened.clone().expect("opening ends") {
         Err(error) => {
             seen.words(&error.to_string());
@@ -486,7 +478,7 @@ pub fn run_meta(input: &[u8], seen: &mut Seen) {
     let flushed = rig.ask(Request::Flush { flush: FlushNo(1) });
     assert_eq!(flushed, Reply::Done(Kind::Flush));
     let files = std::mem::take(&mut rig.files);
-    let mut rig = Rig::open(files, 9, false, seed.into());
+    let mut rig = Rig::open(files, 9, seed.into());
     match &rig.opened {
         Some(Ok(_)) => {}
         other => panic!("what could be opened can be opened again: {other:?}"),

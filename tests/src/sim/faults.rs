@@ -431,19 +431,20 @@ impl World {
         }
     }
 
-    /// The copies are put in place of the files, and the machine is started anew; the process must be down.
+    /// The copies are put in place of the files; the process must be down.
     ///
     /// # Panics
     /// If it is not.
     pub fn restore_images(&mut self, node: usize) {
         assert!(self.nodes[node].is_down(), "files are restored under a running process");
         self.lose_trust();
-        self.nodes[node].boots += 1;
         for replica in self.replicas_of(node) {
             let now = self.moment();
             let r = &mut self.replicas[replica];
             if let Some((disk, watched)) = r.image.clone() {
                 (r.disk, r.watched) = (disk, watched);
+                // Other files have another inode.
+                r.era += 1;
                 (r.watched.old, r.watched.lost_at) = (true, now);
                 self.log(|| format!("replica {replica} gets an old image"));
             }

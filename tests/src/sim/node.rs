@@ -115,7 +115,8 @@ pub struct Replica {
     /// Numbers the cores.
     pub boot: u32,
     pub is_open: bool,
-    faulted: bool,
+    /// Counts what has ended an era of its page cache: see `node::store::era`.
+    pub era: u64,
     /// As what it is to be made should there be nothing in its files.
     unmade: Option<Create>,
     /// Not to be opened before this.
@@ -205,7 +206,7 @@ impl World {
         let r = &mut self.replicas[replica];
         r.boot += 1;
         r.core = None;
-        (r.faulted, r.is_open) = (false, false);
+        r.is_open = false;
         r.retry_at = 0;
         let changed = r.disk.process_gone(&mut self.rng);
         for what in changed {
@@ -311,7 +312,7 @@ impl World {
             core: None,
             boot: 0,
             is_open: false,
-            faulted: false,
+            era: 0,
             unmade: None,
             retry_at: 0,
             gone: false,
@@ -393,8 +394,7 @@ impl World {
             ids: ReplicaIds { cluster: cluster_id(), volume: r.volume, mirror: r.mirror_id, replica: r.id },
             blocks: r.blocks,
             incarnation: Incarnation(n.incarnation),
-            boot: u128::from(n.boots + 1).to_le_bytes(),
-            cache_kept: !r.faulted,
+            era: (u128::from(n.boots + 1) << 64 | u128::from(r.era)).to_le_bytes(),
             map_cache_pages: CACHE_PAGES,
         };
         let lengths = FileLengths { data: r.disk.data.bytes(), meta: r.disk.meta.bytes() };
@@ -403,7 +403,7 @@ impl World {
             Some(create) => ReplicaCore::create(config, create, &mut out),
             None => ReplicaCore::open(config, lengths, &mut out),
         });
-        (r.faulted, r.is_open) = (false, false);
+        r.is_open = false;
         self.log(|| format!("replica {replica} opens, {create:?}"));
         self.replica_outputs(replica, out);
     }
@@ -491,7 +491,7 @@ impl World {
                     self.log(|| format!("replica {replica} can't be opened: {error}"));
                     self.end_core(replica);
                     self.replicas[replica].retry_at = self.now + REOPEN;
-                    self.replicas[replica].faulted = matches!(error, OpenError::Disk { .. });
+                    self.replicas[replica].era += u64::from(matches!(error, OpenError::Disk { .. }));
                     match self.replicas[replica].unmade {
                         Some(create) if is_unmade(&error) => return self.make_files(replica, create),
                         _ if is_unmade(&error) || matches!(error, OpenError::Disk { .. }) => {}
@@ -502,7 +502,7 @@ impl World {
                 Output::Faulted(reason) => {
                     self.log(|| format!("replica {replica} faulted: {reason}"));
                     let r = &mut self.replicas[replica];
-                    r.faulted = true;
+                    r.era += 1;
                     let boot = r.boot;
                     self.lose_trust();
                     self.after(REOPEN, Event::ReplicaOpens { replica, boot });

@@ -31,8 +31,7 @@
 //!   tests), but a write of a dirty bit, a superblock or a map page that the disk says it has and drops leaves an
 //!   older page that is whole: R5, R1 and R10 rest on the disk's word there.
 //! - The return of a replica's old files, or their loss, while another replica is missing, and losses of the others
-//!   until it has been told: an old image can be known only beside a newer replica (R6). Nor is an old image put back
-//!   in the boot of the machine that it was made in: its journal would vouch for what later writes have left out.
+//!   until it has been told: an old image can be known only beside a newer replica (R6).
 //! - Voters restored from an old image: a quorum of them has forgotten what it promised. R8 says what to do about the
 //!   replicas, and a scenario shows it.
 //! - Acknowledged and unflushed writes may be lost with all caches of a mirror where the session that acknowledged them

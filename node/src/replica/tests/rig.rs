@@ -118,9 +118,7 @@ pub struct Rig {
     pub conn: ConnId,
     incarnation: u64,
     /// Counts the power cuts.
-    pub boot: u8,
-    /// What the next opening is told of the page cache.
-    pub cache_kept: bool,
+    pub era: u8,
     /// Map pages in memory after the next opening.
     pub cache_pages: usize,
 }
@@ -135,14 +133,7 @@ pub fn ids() -> ReplicaIds {
 }
 
 pub fn config(incarnation: u64) -> Config {
-    Config {
-        ids: ids(),
-        blocks: BLOCKS,
-        incarnation: Incarnation(incarnation),
-        boot: [1; 16],
-        cache_kept: true,
-        map_cache_pages: 64,
-    }
+    Config { ids: ids(), blocks: BLOCKS, incarnation: Incarnation(incarnation), era: [1; 16], map_cache_pages: 64 }
 }
 
 pub fn attach_id(epoch: u64, attach: u64) -> AttachId {
@@ -207,8 +198,7 @@ impl Rig {
             attach: attach_id(0, 0),
             conn: ConnId(1),
             incarnation: 1,
-            boot: 1,
-            cache_kept: true,
+            era: 1,
             cache_pages: 64,
         };
         rig.take(out);
@@ -231,12 +221,7 @@ impl Rig {
         self.opened = None;
         let mut out = Vec::new();
         let lengths = FileLengths { data: self.data.current.len() as u64, meta: self.meta.current.len() as u64 };
-        let config = Config {
-            map_cache_pages: self.cache_pages,
-            boot: [self.boot; 16],
-            cache_kept: self.cache_kept,
-            ..config(self.incarnation)
-        };
+        let config = Config { map_cache_pages: self.cache_pages, era: [self.era; 16], ..config(self.incarnation) };
         self.core = ReplicaCore::open(config, lengths, &mut out);
         self.take(out);
         self.run();
@@ -247,7 +232,7 @@ impl Rig {
     pub fn power_cut(&mut self, rng: &mut Rng) {
         self.data.crash(rng);
         self.meta.crash(rng);
-        self.boot += 1;
+        self.era += 1;
         self.reopen();
     }
 
@@ -260,7 +245,7 @@ impl Rig {
 
     /// Power is cut when everything that was written, and not synced, happens to be on the disk.
     pub fn power_cut_that_kept_everything(&mut self) {
-        self.boot += 1;
+        self.era += 1;
         self.kill();
     }
 

@@ -152,9 +152,9 @@ fn golden_journal_page() {
     assert_eq!(bytes[4..8], crc32fast::hash(&bytes[8..]).to_le_bytes());
     assert_eq!(hex(&bytes[8..8 + golden.len() / 2]), golden);
     assert!(bytes[8 + golden.len() / 2..].iter().all(|b| *b == 0));
-    let decode = |bytes: &[u8], slot, boot| layout::decode_journal(bytes, slot, ids().replica, boot);
+    let decode = |bytes: &[u8], slot, era| layout::decode_journal(bytes, slot, ids().replica, era);
     assert_eq!(decode(&bytes, 3, [0xee; 16]), Some(page));
-    assert_eq!(decode(&bytes, 3, [0xed; 16]), None, "another boot");
+    assert_eq!(decode(&bytes, 3, [0xed; 16]), None, "another era");
     assert_eq!(decode(&bytes, 2, [0xee; 16]), None, "another place");
     bytes[70] ^= 1;
     assert_eq!(decode(&bytes, 3, [0xee; 16]), None, "torn");
