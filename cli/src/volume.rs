@@ -493,7 +493,7 @@ pub async fn recover(config: Option<&Path>, args: RecoverArgs) -> Outcome {
     loop {
         let status = cluster.status(false).await?;
         let volume = find(&status, &args.name)?;
-        if volume.recover_unix_ms.is_none() {
+        if volume.recover_unix_ms.is_none() && at_stake(&status, volume).is_empty() {
             break;
         }
         if Instant::now() >= until {

@@ -454,6 +454,29 @@ fn the_first_to_be_back_after_a_power_cut_does_not_spread_its_bad_blocks() {
 }
 
 #[test]
+fn zeroes_that_were_read_after_a_take_over_survive_a_power_cut() {
+    for seed in 1..=10 {
+        scenario_of(seed, |w| {
+            w.open();
+            fill(w, 64);
+            w.until("everything is on the disks", |w| w.is_in_order());
+            w.zero(0, 0, 0, 256, false, true);
+            w.answered();
+            w.kill_gateway(0);
+            w.want_on(1, true);
+            w.until("the session is there", |w| w.takes_requests(1));
+            w.read(1, 1, 0, 8);
+            w.answered();
+            (0..3).for_each(|node| w.kill_node(node, true));
+            w.run_for(SECOND);
+            (0..3).for_each(|node| start(w, node));
+            w.read(1, 1, 0, 8);
+            w.answered();
+        });
+    }
+}
+
+#[test]
 fn an_aborted_write_is_awaited_once_it_is_out() {
     let outcome = scenario(|w| {
         w.open();

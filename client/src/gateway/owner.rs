@@ -298,17 +298,9 @@ async fn give_back(shared: &Shared, volume: VolumeId, epoch: Epoch, clean: bool)
     }
 }
 
-/// Takes the operator's request back once it has been carried out: every mirror serves.
+/// Takes the operator's request back: the mirrors have been told, and it is for what waits now.
 async fn finish_recovery(shared: Arc<Shared>, volume: VolumeId, epoch: Epoch) {
-    loop {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        let serving = match shared.sessions().get(&volume) {
-            Some(session) if session.epoch == epoch => session.status().iter().all(|m| m.waits.is_none()),
-            _ => return,
-        };
-        if !serving {
-            continue;
-        }
+    while shared.sessions().get(&volume).is_some_and(|session| session.epoch == epoch) {
         let done = async {
             let request = shared.control.new_request().await?;
             shared.control.finish_recovery(request, volume, epoch).await
@@ -316,7 +308,7 @@ async fn finish_recovery(shared: Arc<Shared>, volume: VolumeId, epoch: Epoch) {
         match done.await {
             Ok(_) => return,
             Err(error) if error.refusal().is_some() => return,
-            Err(_) => {}
+            Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Acknowledged writes that are not durable yet, kept so that the loss of every cache loses none of them (R9).
 //!
 //! ```text
-//! Opening ──every member restarted with losses──► Replaying ──all written again──► Serving
+//! Opening ──every member has restarted──► Replaying ──all written again──► Serving
 //! ```
 //!
 //! Whatever is acknowledged is kept, in that order, until a flush that began later has been answered by every member.

@@ -114,7 +114,9 @@ impl Mirror {
                 out.push(Output::GiveUp { slot, attach: attach.id });
             }
             self.slots[slot].unreachable = false;
-            self.slots[slot].retry_at = now;
+            if self.slots[slot].refusals == 0 {
+                self.slots[slot].retry_at = now;
+            }
         }
         self.sent.clear();
         self.lost.clear();
@@ -200,12 +202,17 @@ impl Mirror {
         self.forced = false;
         self.clean = keep.iter().map(|s| is(s).info().set.clean).max().expect("somebody is kept").max(self.clean);
         let (dirty, allocated) = self.union_of_lists(keep);
-        let mut unsettled = RegionSet::new();
+        let (mut unsettled, mut equalised) = (RegionSet::new(), RegionSet::new());
+        for region in dirty.iter().filter(|region| !blocked.contains(*region)) {
+            // What nobody has allocated reads as zeroes everywhere, but that may be on no disk yet.
+            if allocated.contains(region) {
+                unsettled.insert(region)
+            } else {
+                equalised.insert(region)
+            };
+        }
         for region in dirty.iter() {
             self.dirty.found(region, now, self.flush_next);
-            if allocated.contains(region) && !blocked.contains(region) {
-                unsettled.insert(region);
-            }
         }
         out.push(Output::Log(Event::TookOver {
             kept: self.ids_of(keep),
@@ -213,8 +220,9 @@ impl Mirror {
             blocked: blocked.len(),
             awaited: self.ids_of(left_behind),
         }));
-        let awaited_before = !self.awaited.is_empty();
-        self.settling = Settling { unsettled, blocked, left_behind, awaited_before, ..Settling::default() };
+        // Without a restart since, no region has become suspect that those who are waited for have missed writes to.
+        let awaited_before = !self.awaited.is_empty() && keep.iter().any(|s| is(s).restarted);
+        self.settling = Settling { unsettled, equalised, blocked, left_behind, awaited_before, ..Settling::default() };
         for slot in 0..self.slots.len() {
             if !self.slots[slot].is_answered() {
                 continue;
@@ -245,7 +253,8 @@ impl Mirror {
         if keep == self.members && !keep.iter().all(|s| current(&s)) {
             self.store_set_again(now, out);
         }
-        if whole.is_empty() && !self.replay.is_empty() {
+        // Also where processes were killed only: what is kept has sums, and they have not.
+        if intact.is_empty() && !self.replay.is_empty() {
             self.begin_replay(out);
         } else {
             self.begin_serving(out);
@@ -281,12 +290,13 @@ impl Mirror {
 
     /// `recover-volume --force` with no member to be had: the replica that was in the set last becomes the set.
     fn adopt_the_best(&mut self, out: &mut Vec<Output>) {
-        let best = (0..self.slots.len()).filter(|s| self.slots[*s].is_answered()).max_by_key(|s| {
-            let attach = self.slots[*s].attach.as_ref().expect("answered");
-            let info = attach.info();
-            (!info.rebuilt, info.set.version, info.set.clean, std::cmp::Reverse(info.suspect))
-        });
+        let info = |slot: usize| self.slots[slot].attach.as_ref().expect("answered").info();
+        // One that was made anew holds nothing that could be recovered.
+        let there = (0..self.slots.len()).filter(|s| self.slots[*s].is_answered() && !info(*s).rebuilt);
+        let best =
+            there.max_by_key(|s| (info(*s).set.version, info(*s).set.clean, std::cmp::Reverse(info(*s).suspect)));
         if let Some(slot) = best {
+            self.slots[slot].attach.as_mut().expect("answered").as_new = false;
             self.propose(Mask::one(slot), Mask::EMPTY, out);
         }
     }

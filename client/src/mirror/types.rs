@@ -183,7 +183,7 @@ pub enum Event {
     Joining { replica: ReplicaId, regions: usize, total: u32 },
     #[error("took over with {kept:?}; {dirty} dirty regions, {blocked} of them wait for {awaited:?}")]
     TookOver { kept: Vec<ReplicaId>, dirty: usize, blocked: usize, awaited: Vec<ReplicaId> },
-    #[error("every cache was lost: writes {writes} acknowledged writes again, {bytes} bytes")]
+    #[error("every member has restarted: writes {writes} acknowledged writes again, {bytes} bytes")]
     Replaying { writes: usize, bytes: u64 },
     #[error("region {region}: {blocks} blocks matched their sum on no replica; took those of {replica}")]
     Restamped { region: RegionIndex, blocks: u32, replica: ReplicaId },

@@ -266,7 +266,16 @@ impl Metadata {
                 change_set(found, expected, members, awaited, change).map(Answer::Set)
             }
             Command::RecoverVolume { volume, unix_ms } => {
-                let id = self.living(volume)?.id;
+                let volume = self.living(volume)?;
+                let id = volume.id;
+                // It is for what waits now, and only a session knows what that is.
+                if volume.session.owner().is_none() {
+                    return Err(Refusal::WrongState {
+                        kind: ObjectKind::Volume,
+                        name: volume.name.clone(),
+                        state: "not open at any gateway, so that nothing waits".into(),
+                    });
+                }
                 change.set(&mut self.volume_mut(id)?.recover_unix_ms, Some(unix_ms));
                 Ok(Answer::Volume(id))
             }
@@ -500,6 +509,8 @@ impl Metadata {
         let epoch = session.epoch.next();
         let state = SessionState::Open { gateway };
         volume.session = VolumeSession { epoch, state, settled: verdict.ended };
+        // Nobody has accepted the loss of what this session may wait for.
+        volume.recover_unix_ms = None;
         change.0 = true;
         Ok(Answer::Opened { volume: id, epoch, previous, old_ended: verdict.ended })
     }
@@ -858,15 +869,20 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_forced_recovery_waits_for_the_session_that_carries_it_out() {
+    fn a_forced_recovery_is_for_the_session_that_is_open() {
         let mut bench = Bench::ready();
-        bench.ok(Command::RecoverVolume { volume: VOLUME, unix_ms: 9 });
-        assert_eq!(bench.machine.volumes[&VOLUME].recover_unix_ms, Some(9));
+        let recover = Command::RecoverVolume { volume: VOLUME, unix_ms: 9 };
+        assert!(matches!(bench.refused(recover.clone()), Refusal::WrongState { .. }));
         bench.open("a", false, true);
+        bench.ok(recover.clone());
+        assert_eq!(bench.machine.volumes[&VOLUME].recover_unix_ms, Some(9));
         let finish = |epoch| Command::FinishRecovery { volume: VOLUME, epoch: Epoch(epoch) };
         assert!(matches!(bench.refused(finish(0)), Refusal::Superseded { .. }));
         bench.ok(finish(1));
         assert_eq!(bench.machine.volumes[&VOLUME].recover_unix_ms, None);
+        bench.ok(recover);
+        bench.open("a", false, true);
+        assert_eq!(bench.machine.volumes[&VOLUME].recover_unix_ms, None, "the next one begins without it");
     }
 
     #[test]

@@ -254,8 +254,13 @@ impl World {
                 let asked = view.volume(volume).and_then(|v| v.recover_unix_ms);
                 if asked.is_some() && asked != session.recovering {
                     session.recovering = asked;
-                    session.recovery_at = Some(now + RECOVERY_MS);
+                    session.recovery_at = Some(now);
                     self.recover_here(gateway, volume);
+                }
+                if asked.is_none()
+                    && let Some(session) = self.gateways[gateway].session_mut(volume)
+                {
+                    session.recovery_at = None;
                 }
                 if want == Want::Nothing {
                     self.close_session_of(gateway, volume);
@@ -357,15 +362,12 @@ impl World {
             return self.end_session(gateway, volume);
         }
         if session.recovery_at.is_some_and(|at| now >= at) {
-            let waits = session.core.status().iter().any(|m| m.waits.is_some());
-            session.recovery_at = if waits { Some(now + RECOVERY_MS) } else { None };
-            if !waits {
-                let epoch = session.epoch;
-                let since = self.gateways[gateway].contact.revision;
-                let request = self.new_request(since);
-                let command = Command::FinishRecovery { volume, epoch };
-                self.ask(Party::Gateway(gateway), Purpose::FinishRecovery, ControlRequest::Lead(request, command));
-            }
+            session.recovery_at = Some(now + RECOVERY_MS);
+            let epoch = session.epoch;
+            let since = self.gateways[gateway].contact.revision;
+            let request = self.new_request(since);
+            let command = Command::FinishRecovery { volume, epoch };
+            self.ask(Party::Gateway(gateway), Purpose::FinishRecovery, ControlRequest::Lead(request, command));
         }
     }
 
