@@ -560,10 +560,14 @@ impl Mirror {
 
     /// Whether all that are required can say that they have done something. A member that was given up and is back
     /// joins under another attach: what it answers there says nothing of what it lost in between, however far its join
-    /// has come, until a newer set has it (R2, R9).
+    /// has come, until a newer set has it. Nor may one that is being added have been lost and come back, unless it has
+    /// flushed all that it was sent since: the addition may be committed already (R2, R9).
     pub(super) fn everyone_counts(&self) -> bool {
         let members = self.live_members();
-        self.members.within(members) && self.required().within(members | self.counting())
+        let added = members | self.ready_to_enter();
+        self.members.within(members)
+            && self.proposed().within(added)
+            && self.required().within(members | self.counting())
     }
 
     fn reconsider(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {

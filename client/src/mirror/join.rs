@@ -79,8 +79,11 @@ impl Mirror {
             .collect()
     }
 
-    pub(super) fn ready_to_enter(&self) -> Option<usize> {
-        (0..self.slots.len()).find(|s| self.slots[*s].join().is_some_and(|j| j.stage == JoinStage::Proposing))
+    /// Replicas that are to be added to the set.
+    pub(super) fn ready_to_enter(&self) -> Mask {
+        (0..self.slots.len())
+            .filter(|s| self.slots[*s].join().is_some_and(|j| j.stage == JoinStage::Proposing))
+            .collect()
     }
 
     pub(super) fn advance_joins(&mut self, now: u64, out: &mut Vec<Output>) {

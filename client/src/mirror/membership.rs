@@ -81,7 +81,7 @@ impl Mirror {
         if self.change.is_some() {
             return;
         }
-        if let Some(slot) = self.ready_to_enter() {
+        if let Some(slot) = self.ready_to_enter().iter().next() {
             self.propose(self.members | Mask::one(slot), self.awaited, out);
         } else if !self.awaited.is_empty() && self.settling.blocked.is_empty() && self.settling.is_done() {
             self.propose(self.members, Mask::EMPTY, out);
