@@ -48,7 +48,7 @@ impl Cx<'_> {
     }
     fn proposed(&self) -> Mask {
         match self.g.change {
-            Change::Proposed { members, .. } => members,
+            Change::Proposed { members, .. } if !self.is(Mutant::IgnoreDoubt) => members,
             _ => 0,
         }
     }
@@ -60,8 +60,7 @@ impl Cx<'_> {
         if self.is(Mutant::AckBeforeCommit) {
             return self.live_members() | self.counting();
         }
-        let proposed = if self.is(Mutant::IgnoreDoubt) { 0 } else { self.proposed() };
-        self.g.members | proposed | self.counting()
+        self.g.members | self.proposed() | self.counting()
     }
 
     pub fn send(&mut self, slot: usize, what: What) {
