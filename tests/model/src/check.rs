@@ -13,11 +13,16 @@ pub enum Action {
     /// An initiator asks for something.
     Write {
         g: usize,
+        fua: bool,
     },
     Read {
         g: usize,
     },
     Flush {
+        g: usize,
+    },
+    /// The owner has kept something for long, and flushes.
+    Overdue {
         g: usize,
     },
     /// An operator closes the volume.
@@ -80,9 +85,18 @@ pub enum Action {
         dirty: bool,
         clean: u8,
     },
+    /// Power is cut everywhere but where the gateways are.
+    AllCut {
+        values: [u8; N],
+    },
     Kill {
         slot: usize,
         landed: bool,
+    },
+    /// A flush fails on the disk.
+    Fault {
+        slot: usize,
+        value: u8,
     },
     TakeImage {
         slot: usize,
@@ -111,6 +125,7 @@ pub mod names {
     pub const READS: &str = "R3: no read goes back in time";
     pub const DIRTY: &str = "R6: where replicas may differ, one of them is dirty";
     pub const LAST: &str = "R9: what the last member acknowledged is on its disk";
+    pub const KEPT: &str = "R9: what a living owner acknowledged is on every member's disk, or kept";
     pub const HELD: &str = "R8: nothing is given up while a member holds it";
     pub const CLOSED: &str = "R6: after a clean close all are equal and none is dirty";
     pub const METADATA: &str = "R8: no replica knows more than raft";
@@ -131,15 +146,20 @@ pub mod names {
     pub const COPIED: &str = "a block is copied";
     pub const FENCED: &str = "an old owner is fenced while its lease lives";
     pub const OLD_IMAGE: &str = "an old image joins as new";
+    pub const REPLAYED: &str = "what is kept is written again";
+    pub const REPLAYED_AGAIN: &str = "caches are lost while something is written again";
+    pub const LET_GO: &str = "what was written again is let go";
+    pub const KILLED_ONLY: &str = "a session goes on with killed members only";
     pub const READ_BACK: &str = "a read returns the last write";
 }
 
 /// The state that everything begins with: a session that serves, with all that is in the set attached.
 fn initial(cfg: &Config) -> State {
     let stale = |slot: usize| cfg.members & bit(slot) == 0;
+    let all = cfg.members == cfg.all();
     let attach = |slot: usize| if stale(slot) { AttachId::NONE } else { AttachId::new(1, 1) };
     // A replica that is out has missed the write that the others have.
-    let first = u8::from(cfg.members != ALL);
+    let first = u8::from(!all);
     let r = std::array::from_fn(|slot| Replica {
         value: if stale(slot) { 0 } else { first },
         maybe: 1 << if stale(slot) { 0 } else { first },
@@ -182,6 +202,7 @@ fn initial(cfg: &Config) -> State {
             },
         }),
         flush_next: 2,
+        replay: Replay::new(true),
         tracked: first == 1 && cfg.cleans(),
         covered: u8::from(first == 1 && cfg.cleans()),
         ..Gateway::OFF
@@ -210,7 +231,8 @@ impl State {
     /// Lets gateway `g` do something, and then everything that follows at once.
     fn with<T>(&mut self, cfg: &Config, g: usize, f: impl FnOnce(&mut Cx<'_>) -> T) -> T {
         let old_lease_over = self.g.iter().enumerate().all(|(i, other)| i == g || !other.lease);
-        let untouched = (0..N).filter(|slot| self.r[*slot].told).map(bit).sum();
+        let untouched = |r: &Replica| r.told && !r.suspect || r.kept;
+        let untouched = (0..N).filter(|slot| untouched(&self.r[*slot])).map(bit).sum();
         let mut cx = Cx {
             cfg,
             g: &mut self.g[g],
@@ -225,6 +247,11 @@ impl State {
         let result = f(&mut cx);
         cx.advance();
         let kept = cx.kept;
+        if self.g[g].phase == Phase::Replaying {
+            // Whatever is left there, something was lost; what is written again may be older than what is left.
+            let lost = self.r.iter_mut().enumerate().filter(|(slot, _)| self.g[g].members & bit(*slot) != 0);
+            lost.filter(|(_, r)| !r.told).for_each(|(_, r)| r.cut = true);
+        }
         // Unless it has been lost since, which nobody knows yet.
         let here = |slot: &usize| self.r[*slot].current.0 == self.g[g].slots[*slot].attach;
         for slot in slots(kept).filter(here).collect::<Vec<_>>() {
@@ -390,13 +417,13 @@ impl State {
     }
 
     /// A session that closed as clean must have left nothing (R6).
-    fn check_close(&mut self, g: usize) {
+    fn check_close(&mut self, cfg: &Config, g: usize) {
         if self.g[g].phase != Phase::Closed || self.g[g].tracked {
             return;
         }
-        let first = &self.r[0];
-        let equal = self.r.iter().all(|r| r.value == first.value && r.maybe == 1 << first.value);
-        if !equal || self.r.iter().any(|r| r.dirty_disk) {
+        let (r, first) = (&self.r[..cfg.replicas], &self.r[0]);
+        let equal = r.iter().all(|r| r.value == first.value && r.maybe == 1 << first.value);
+        if !equal || r.iter().any(|r| r.dirty_disk) {
             self.breach = Some(Breach::UncleanClose);
         }
     }
@@ -417,12 +444,22 @@ impl Config {
                 }
                 return;
             }
-            Phase::Opening | Phase::Serving | Phase::Closing => {}
+            Phase::Opening | Phase::Replaying | Phase::Serving | Phase::Closing => {}
+        }
+        if s.left.overdue > 0
+            && matches!(gw.phase, Phase::Replaying | Phase::Serving)
+            && gw.flush_pending == 0
+            && !gw.replay.is_empty()
+        {
+            out.push(Action::Overdue { g });
         }
         // What is asked for before waits: it might as well be asked for later.
         if gw.phase == Phase::Serving {
             if gw.op.is_none() && s.left.writes > 0 {
-                out.push(Action::Write { g });
+                out.push(Action::Write { g, fua: false });
+            }
+            if gw.op.is_none() && s.left.fuas > 0 {
+                out.push(Action::Write { g, fua: true });
             }
             if gw.op.is_none() && s.left.reads > 0 {
                 out.push(Action::Read { g });
@@ -459,7 +496,7 @@ impl Config {
         if s.r.iter().any(|r| r.newest.epoch() > gw.epoch) {
             out.push(Action::Fenced { g });
         }
-        for (slot, known) in gw.slots.iter().enumerate() {
+        for (slot, known) in gw.slots.iter().enumerate().take(self.replicas) {
             if known.attach == 0 {
                 // One that a newer session has would only refuse it.
                 if gw.phase != Phase::Closing && s.r[slot].newest.epoch() <= gw.epoch {
@@ -493,6 +530,11 @@ impl Config {
                 }
             }
         }
+        let flushes = |m: &Msg| m.slot as usize == slot && m.attach == r.current && matches!(m.what, What::Flush(_));
+        if s.left.faults > 0 && s.wire.all().iter().any(flushes) {
+            let values = r.after_cut(&s.wire, slot);
+            out.extend((0..16).filter(|v| values >> v & 1 == 1).map(|value| Action::Fault { slot, value }));
+        }
         if s.left.kills > 0 {
             out.push(Action::Kill { slot, landed: false });
             if disk_writes(&s.wire, slot).next().is_some() {
@@ -510,13 +552,31 @@ impl Config {
         }
     }
 
+    fn all_cut(&self, s: &State, out: &mut Vec<Action>) {
+        let mut left = vec![[0; N]];
+        for slot in 0..self.replicas {
+            let values = s.r[slot].after_cut(&s.wire, slot);
+            let values = (0..16).filter(|v| values >> v & 1 == 1);
+            left = values
+                .flat_map(|value| {
+                    left.iter().map(move |other| {
+                        let mut values = *other;
+                        values[slot] = value;
+                        values
+                    })
+                })
+                .collect();
+        }
+        out.extend(left.into_iter().map(|values| Action::AllCut { values }));
+    }
+
     fn apply(&self, s: &mut State, action: Action) -> Option<()> {
         match action {
-            Action::Write { g } => {
-                spend(&mut s.left.writes)?;
+            Action::Write { g, fua } => {
+                spend(if fua { &mut s.left.fuas } else { &mut s.left.writes })?;
                 s.promise.submitted += 1;
                 let value = s.promise.submitted;
-                s.with(self, g, |cx| cx.g.op = Some(Op::new(Some(value), 0)));
+                s.with(self, g, |cx| cx.g.op = Some(Op { fua, ..Op::new(Some(value), 0) }));
             }
             Action::Read { g } => {
                 spend(&mut s.left.reads)?;
@@ -527,6 +587,10 @@ impl Config {
                 spend(&mut s.left.flushes)?;
                 let covers = s.promise.acked;
                 s.with(self, g, |cx| cx.g.flush_op = Some(FlushOp { no: 0, covers }));
+            }
+            Action::Overdue { g } => {
+                spend(&mut s.left.overdue)?;
+                s.with(self, g, |cx| cx.g.flush_wanted = true);
             }
             Action::Close { g } => {
                 spend(&mut s.left.closes)?;
@@ -581,7 +645,20 @@ impl Config {
                 } else {
                     spend(&mut s.left.blackouts)?;
                 }
-                s.r[slot].cut(value, dirty, clean);
+                s.r[slot].cut(self, value, dirty, clean);
+                s.forget_process(slot);
+            }
+            Action::AllCut { values } => {
+                spend(&mut s.left.all_cuts)?;
+                for (slot, value) in values.into_iter().enumerate().take(self.replicas) {
+                    let Replica { dirty_disk, clean_disk, .. } = s.r[slot];
+                    s.r[slot].cut(self, value, dirty_disk, clean_disk);
+                    s.forget_process(slot);
+                }
+            }
+            Action::Fault { slot, value } => {
+                spend(&mut s.left.faults)?;
+                s.r[slot].fault(self, value);
                 s.forget_process(slot);
             }
             Action::Kill { slot, landed } => {
@@ -619,7 +696,9 @@ impl Config {
                 s.raft.open = true;
                 let Raft { version, members, awaited, epoch, .. } = s.raft;
                 let (phase, lease) = (Phase::Opening, true);
-                let opened = Gateway { epoch, phase, lease, version, members, awaited, ..Gateway::OFF };
+                let early = self.mutant == Some(Mutant::CompleteTooEarly);
+                let replay = Replay::new(early);
+                let opened = Gateway { epoch, phase, lease, version, members, awaited, replay, ..Gateway::OFF };
                 s.with(self, g, |cx| *cx.g = opened);
             }
             Action::LeaseOver { g } => s.g[g].lease = false,
@@ -678,8 +757,11 @@ impl Model for Config {
         for g in 0..G {
             self.gateway_actions(s, g, out);
         }
-        for slot in 0..N {
+        for slot in 0..self.replicas {
             self.replica_actions(s, slot, out);
+        }
+        if s.left.all_cuts > 0 {
+            self.all_cut(s, out);
         }
         for msg in s.wire.all() {
             out.push(match msg.stage {
@@ -709,7 +791,7 @@ impl Model for Config {
             if s.g[g].phase == Phase::Closed && last.g[g].phase != Phase::Closed {
                 s.end_session(g);
                 s.raft.open = s.raft.epoch != s.g[g].epoch;
-                s.check_close(g);
+                s.check_close(self, g);
             }
         }
         (s != *last).then_some(s)
@@ -741,8 +823,17 @@ fn always() -> Vec<Property<Config>> {
             !alone || slots(s.raft.members).all(safe)
         }),
         Property::always(names::HELD, |_, s: &State| s.breach != Some(Breach::GivenUpThoughHeld)),
-        Property::always(names::DIRTY, |_, s: &State| {
-            (0..N).all(|a| {
+        Property::always(names::KEPT, |_, s: &State| {
+            let owner =
+                s.g.iter().find(|g| g.replay.complete && s.session(g.epoch).is_some() && g.epoch == s.raft.epoch);
+            let least = |slot: usize| s.r[slot].after_cut(&s.wire, slot).trailing_zeros() as u8;
+            let safe = |g: &Gateway, slot: usize| {
+                s.r[slot].imaged || g.replay.kept().last().map_or_else(|| least(slot), |k| k.value) >= s.promise.acked
+            };
+            owner.is_none_or(|g| slots(s.raft.members).all(|slot| safe(g, slot)))
+        }),
+        Property::always(names::DIRTY, |c, s: &State| {
+            (0..c.replicas).all(|a| {
                 (0..a).all(|b| {
                     let (x, y) = (&s.r[a], &s.r[b]);
                     let may = x.after_cut(&s.wire, a) | y.after_cut(&s.wire, b);
@@ -762,8 +853,8 @@ fn always() -> Vec<Property<Config>> {
 fn sometimes() -> Vec<Property<Config>> {
     vec![
         Property::sometimes(names::ACKED, |_, s: &State| s.promise.acked > 0),
-        Property::sometimes(names::SHRUNK, |_, s: &State| s.raft.members != ALL && s.raft.version > 1),
-        Property::sometimes(names::JOINED, |_, s: &State| s.raft.members == ALL && s.raft.version > 1),
+        Property::sometimes(names::SHRUNK, |c, s: &State| s.raft.members != c.all() && s.raft.version > 1),
+        Property::sometimes(names::JOINED, |c, s: &State| s.raft.members == c.all() && s.raft.version > 1),
         Property::sometimes(names::ALONE, |_, s: &State| {
             s.raft.members.count_ones() == 1 && s.promise.acked > 0 && s.promise.acked == s.promise.submitted
         }),
@@ -802,6 +893,22 @@ fn sometimes() -> Vec<Property<Config>> {
         Property::sometimes(names::OLD_IMAGE, |_, s: &State| {
             s.r.iter().any(|r| r.imaged)
                 && s.g.iter().any(|g| g.slots.iter().any(|slot| slot.as_new && slot.join().is_some()))
+        }),
+        Property::sometimes(names::REPLAYED, |_, s: &State| s.g.iter().any(|g| g.phase == Phase::Replaying)),
+        Property::sometimes(names::REPLAYED_AGAIN, |c, s: &State| {
+            s.left.all_cuts + 2 <= c.bounds.all_cuts
+                && s.g.iter().any(|g| g.phase == Phase::Replaying && g.replay.next > 0)
+        }),
+        Property::sometimes(names::LET_GO, |c, s: &State| {
+            let lost = s.left.all_cuts < c.bounds.all_cuts;
+            let [g, _] = &s.g;
+            lost && s.promise.acked > 0 && g.phase == Phase::Serving && g.replay.is_empty() && !g.power_on
+        }),
+        Property::sometimes(names::KILLED_ONLY, |_, s: &State| {
+            s.g.iter().any(|g| {
+                let killed = |slot: usize| g.slots[slot].info_kept && g.slots[slot].restarted;
+                g.epoch > 1 && g.phase == Phase::Serving && slots(g.members).all(killed)
+            })
         }),
         Property::sometimes(names::READ_BACK, |_, s: &State| {
             s.promise.seen > 0 && s.promise.seen == s.promise.submitted

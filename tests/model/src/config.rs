@@ -1,21 +1,30 @@
 //! What is checked: bounds, and planted errors.
 
 use crate::check::names;
+use crate::state::Mask;
 
 /// How often each thing may happen in a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Bounds {
     pub writes: u8,
+    /// Writes that are to be durable when they are acknowledged.
+    pub fuas: u8,
     pub reads: u8,
     /// Flushes that initiators ask for.
     pub flushes: u8,
+    /// Flushes that an owner begins because it has kept something for long.
+    pub overdue: u8,
     pub cleans: u8,
     /// Power cuts: a replica restarts, and has lost what it had not flushed, in part.
     pub cuts: u8,
+    /// Power cuts of all replicas at once.
+    pub all_cuts: u8,
     /// Power cuts while no gateway runs.
     pub blackouts: u8,
     /// Killed replicas: they restart, and have lost nothing.
     pub kills: u8,
+    /// Flushes that a disk fails.
+    pub faults: u8,
     /// Attaches given up though the replica runs: a partition, or a time-out.
     pub losses: u8,
     /// Members that an opening can't reach.
@@ -36,6 +45,8 @@ pub struct Config {
     pub name: &'static str,
     pub about: &'static str,
     pub bounds: Bounds,
+    /// The first so many of the replicas exist.
+    pub replicas: usize,
     /// Members of the first set; the others have missed writes.
     pub members: u8,
     /// Answers to reads and writes may be late; otherwise they are heard when they are made.
@@ -55,6 +66,11 @@ impl Config {
     /// Whether anything is ever cleaned. If not, nobody keeps the books for it.
     pub fn cleans(&self) -> bool {
         self.bounds.cleans > 0 || self.bounds.closes > 0
+    }
+
+    /// The replicas of the definition.
+    pub fn all(&self) -> Mask {
+        (1 << self.replicas) - 1
     }
 }
 
@@ -93,6 +109,8 @@ mutants! {
     IgnoreDoubt,
     /// R2, R9: a member that left and is back counts while its removal is not committed.
     ReturnedMemberCounts,
+    /// R2, R9: a replica that was lost after it was proposed, and is back, counts before it is flushed again.
+    ReturnedCountsUnflushed,
     /// R3: a read is answered after the lease has ended.
     ReplyAfterLease,
     /// R3: a new owner that did not reach every member does not wait for the old lease.
@@ -119,22 +137,58 @@ mutants! {
     JoinWithoutFlush,
     /// R7: the target of a copy stays attached when the copy's source is lost.
     KeepTargetOfLostCopy,
+    /// R7: a replica joins though no member is left to tell what it lacks, while a change is in doubt.
+    JoinToNobody,
     /// R8: restarted members are kept though an intact one is there.
     KeepRestarted,
     /// R8: a take-over that reached restarted members only goes on without the others.
     GoOnWithRestarted,
     /// R9: the last member's writes are not durable when they are acknowledged.
     LastMemberWithoutFua,
+    /// R8: a killed member that kept its cache counts as one that lost it.
+    KilledIsLost,
+    /// R8: what a power cut left may be the base where what a kill left is there.
+    KilledRanksAsCut,
+    /// R8: a replica says that it kept its cache although power was cut.
+    KeptAfterCut,
+    /// R8: a replica that lost its cache, and was killed before that was made good, says that it kept it.
+    WholeAfterCut,
+    /// R8: a replica says that it kept its cache although a sync has failed.
+    KeptAfterFault,
+    /// R9: a flush that was asked for before every cache was lost, and of which nothing was kept, goes on.
+    FlushOutlivesLoss,
+    /// R9: a new owner thinks that it keeps everything before what it found dirty is settled.
+    CompleteTooEarly,
+    /// R9: an acknowledged write is let go after a flush that had begun before.
+    LetGoEarly,
+    /// R9: it is let go while a member that is gone has not answered the flush.
+    LetGoWithoutAll,
+    /// R9: it is let go while a replica that is being added has not answered the flush.
+    LetGoWithoutAdded,
+    /// R9: durable writes are not kept, and older ones are written over them.
+    DurableNotKept,
+    /// R9: what is kept is written again in order, so that for a while older writes are over durable ones.
+    ReplayInOrder,
+    /// R9: what has been written again is let go before it is flushed.
+    ReplayedIsDurable,
+    /// R9: what has been written again is let go after a flush that had begun before.
+    ReplayUnderOldFlush,
+    /// R9: caches that are lost while it is written again end that.
+    SecondLossForgets,
 }
 
 const NONE: Bounds = Bounds {
     writes: 0,
+    fuas: 0,
     reads: 0,
     flushes: 0,
+    overdue: 0,
     cleans: 0,
     cuts: 0,
+    all_cuts: 0,
     blackouts: 0,
     kills: 0,
+    faults: 0,
     losses: 0,
     unreached: 0,
     deaths: 0,
@@ -148,6 +202,7 @@ const BASE: Config = Config {
     name: "",
     about: "",
     bounds: NONE,
+    replicas: 3,
     members: 0b111,
     late: false,
     store_at_once: true,
@@ -265,6 +320,77 @@ pub const CONFIGS: &[Config] = &[
         about: "replicas are killed, which loses nothing, or lose power, and the gateway dies",
         bounds: Bounds { writes: 1, deaths: 1, opens: 1, kills: 1, blackouts: 1, ..NONE },
         reaches: &[names::TAKEN_OVER, names::SOME_KEPT],
+        ..BASE
+    },
+    Config {
+        name: "R",
+        about: "both replicas lose power while the owner lives, and again: what it keeps, and when it lets go of it",
+        bounds: Bounds { writes: 2, overdue: 1, all_cuts: 2, ..NONE },
+        replicas: 2,
+        members: 0b011,
+        reaches: &[names::REPLAYED, names::REPLAYED_AGAIN, names::LET_GO],
+        ..BASE
+    },
+    Config {
+        name: "R2",
+        about: "one of them leaves or is out of reach, and then both lose power",
+        bounds: Bounds { writes: 1, overdue: 1, losses: 1, unreached: 1, all_cuts: 1, ..NONE },
+        replicas: 2,
+        members: 0b011,
+        reaches: &[names::REPLAYED, names::SHRUNK, names::LET_GO],
+        ..BASE
+    },
+    Config {
+        name: "R3",
+        about: "the same, of a write that is durable when it is acknowledged, after one that is not",
+        bounds: Bounds { writes: 1, fuas: 1, flushes: 1, all_cuts: 1, ..NONE },
+        replicas: 2,
+        members: 0b011,
+        reaches: &[names::REPLAYED, names::LET_GO],
+        ..BASE
+    },
+    Config {
+        name: "R4",
+        about: "all lose power while a replica is added and something is kept",
+        bounds: Bounds { writes: 1, all_cuts: 1, ..NONE },
+        members: 0b011,
+        reaches: &[names::REPLAYED, names::JOINED, names::LET_GO],
+        ..BASE
+    },
+    Config {
+        name: "R5",
+        about: "all lose power before a new owner has settled what it found dirty, with a flush out",
+        bounds: Bounds { writes: 1, flushes: 1, all_cuts: 1, deaths: 1, opens: 1, ..NONE },
+        replicas: 2,
+        members: 0b011,
+        reaches: &[names::RESTARTED, names::TAKEN_OVER],
+        ..BASE
+    },
+    Config {
+        name: "K",
+        about: "a killed member, one that lost power, and one that can't be reached; then a new owner",
+        bounds: Bounds { writes: 1, deaths: 1, opens: 1, kills: 1, blackouts: 1, unreached: 1, ..NONE },
+        replicas: 2,
+        members: 0b011,
+        reaches: &[names::BLOCKED, names::RELEASED, names::SOME_KEPT, names::KILLED_ONLY],
+        ..BASE
+    },
+    Config {
+        name: "K2",
+        about: "a failed flush and a kill, then a new owner",
+        bounds: Bounds { writes: 1, flushes: 1, deaths: 1, opens: 1, kills: 1, faults: 1, ..NONE },
+        replicas: 2,
+        members: 0b011,
+        reaches: &[names::RESTARTED],
+        ..BASE
+    },
+    Config {
+        name: "K3",
+        about: "power cuts and a kill, then a new owner",
+        bounds: Bounds { writes: 1, deaths: 1, opens: 1, kills: 1, blackouts: 2, ..NONE },
+        replicas: 2,
+        members: 0b011,
+        reaches: &[names::KILLED_ONLY, names::RESTARTED],
         ..BASE
     },
 ];

@@ -12,7 +12,7 @@ pub struct Cx<'a> {
     pub promise: &'a mut Promise,
     /// Members that a take-over has just decided to keep, and replicas about to be proposed.
     pub kept: Mask,
-    /// Members that have not restarted. For the checker.
+    /// Replicas whose caches have not been lost. For the checker.
     pub untouched: Mask,
     pub breach: &'a mut Option<Breach>,
     /// The leader would say that no older lease lives (R3).
@@ -48,7 +48,7 @@ impl Cx<'_> {
     }
     fn proposed(&self) -> Mask {
         match self.g.change {
-            Change::Proposed { members, .. } => members,
+            Change::Proposed { members, .. } if !self.is(Mutant::IgnoreDoubt) => members,
             _ => 0,
         }
     }
@@ -60,8 +60,7 @@ impl Cx<'_> {
         if self.is(Mutant::AckBeforeCommit) {
             return self.live_members() | self.counting();
         }
-        let proposed = if self.is(Mutant::IgnoreDoubt) { 0 } else { self.proposed() };
-        self.g.members | proposed | self.counting()
+        self.g.members | self.proposed() | self.counting()
     }
 
     pub fn send(&mut self, slot: usize, what: What) {
@@ -161,6 +160,7 @@ impl Cx<'_> {
                 self.g.settle = Settle::Blocked;
             }
         }
+        self.g.replay.out &= !bit(slot);
         if let Some(op) = &mut self.g.op {
             op.sent &= !bit(slot);
             op.pending &= !bit(slot);
@@ -212,6 +212,10 @@ impl Cx<'_> {
     }
 
     pub fn written(&mut self, slot: usize, value: u8) {
+        if self.g.phase == Phase::Replaying {
+            self.g.replay.out &= !bit(slot);
+            return;
+        }
         if let Some(op) = &mut self.g.op
             && op.value == Some(value)
             && op.stage == OpStage::Writing
@@ -316,10 +320,12 @@ impl Cx<'_> {
                 return;
             }
             self.advance_opening();
+            self.advance_replay();
             self.advance_membership();
             self.advance_settling();
             self.advance_joins();
             self.advance_equalise();
+            self.advance_kept();
             self.advance_op();
             self.advance_flush();
             self.advance_clean();
@@ -334,9 +340,13 @@ impl Cx<'_> {
     // ---- take_over.rs -----------------------------------------------------------------------------------------
 
     fn reopen(&mut self) {
-        if self.g.phase == Phase::Closing {
+        if self.g.phase == Phase::Closing && self.g.replay.is_empty() {
             self.g.phase = Phase::Closed;
             return;
+        }
+        self.g.close_wanted |= self.g.phase == Phase::Closing;
+        if self.g.phase == Phase::Replaying && self.is(Mutant::SecondLossForgets) {
+            self.g.replay.forget();
         }
         for slot in 0..N {
             self.give_up(slot);
@@ -400,23 +410,27 @@ impl Cx<'_> {
         let reached = self.g.members & !missing;
         self.find_old_images(reached);
         let eligible: Mask = slots(reached).filter(|s| !self.g.slots[*s].as_new).map(bit).sum();
-        let intact: Mask =
-            slots(eligible).filter(|s| !self.g.slots[*s].info_suspect || self.g.slots[*s].info_kept).map(bit).sum();
-        let restarted = intact == 0;
+        let intact: Mask = slots(eligible).filter(|s| !self.g.slots[*s].info_suspect).map(bit).sum();
+        let mut killed: Mask = slots(eligible).filter(|s| self.g.slots[*s].info_kept).map(bit).sum();
+        if self.is(Mutant::KilledIsLost) {
+            killed = 0;
+        }
+        let whole = intact | killed;
+        let complete = self.g.replay.complete;
         let mut blocked = false;
         let mut left_behind = 0;
-        let keep = if !restarted && !self.is(Mutant::KeepRestarted) {
-            intact
+        let keep = if intact != 0 && !self.is(Mutant::KeepRestarted) {
+            whole
         } else if eligible == 0 {
             return;
         } else {
             let suspect = slots(eligible).any(|s| self.g.slots[s].listed.is_some_and(|l| l.1));
             let all_here = missing == 0 && self.g.awaited == 0;
-            if restarted && !all_here && !self.is(Mutant::GoOnWithRestarted) {
+            if !(complete || all_here || self.is(Mutant::GoOnWithRestarted)) {
                 left_behind = missing | self.g.awaited;
                 blocked = suspect;
             }
-            eligible
+            if killed == 0 || self.is(Mutant::KeepRestarted) { eligible } else { killed }
         };
         let clean = slots(keep).map(|s| self.g.slots[s].info_clean).max().expect("somebody is kept");
         self.g.clean = self.g.clean.max(clean);
@@ -433,7 +447,6 @@ impl Cx<'_> {
         self.g.left_behind = left_behind;
         self.g.awaited_before = self.g.awaited != 0;
         (self.g.released, self.g.extra_bases) = (false, 0);
-        self.g.phase = Phase::Serving;
         for slot in 0..N {
             if !self.g.slots[slot].is_answered() {
                 continue;
@@ -446,8 +459,11 @@ impl Cx<'_> {
                 self.start_join(slot);
             }
         }
-        if restarted {
-            if !blocked && self.untouched & self.g.members != 0 && self.promise.acked > self.promise.flushed {
+        if whole == 0 && !complete {
+            // What is taken for an old image is not believed (R6): one that was killed before it could store that this
+            // session keeps it, where another could.
+            let held = self.untouched & self.g.members & !self.slots_where(|s| s.as_new);
+            if !blocked && held != 0 && self.promise.acked > self.promise.flushed {
                 *self.breach = Some(Breach::GivenUpThoughHeld);
             }
             self.every_cache_was_lost();
@@ -462,12 +478,87 @@ impl Cx<'_> {
         if store {
             self.store_set(keep);
         }
+        if whole == 0 && !self.g.replay.is_empty() {
+            self.begin_replay();
+        } else {
+            self.begin_serving();
+        }
     }
+
+    /// `Mirror::begin_serving`, `begin_close`
+    fn begin_serving(&mut self) {
+        self.g.phase = if std::mem::take(&mut self.g.close_wanted) { Phase::Closing } else { Phase::Serving };
+        self.g.closing_flush = 0;
+    }
+
+    // ---- replay.rs --------------------------------------------------------------------------------------------
+
+    fn begin_replay(&mut self) {
+        self.g.phase = Phase::Replaying;
+        let kept = self.g.replay.kept().len() as u8;
+        // Of each block what was written last: nothing older goes over what is durable.
+        let next = if self.is(Mutant::ReplayInOrder) { 0 } else { kept - 1 };
+        (self.g.replay.next, self.g.replay.writing, self.g.replay.out) = (next, false, 0);
+    }
+
+    fn advance_replay(&mut self) {
+        if self.g.phase != Phase::Replaying {
+            return;
+        }
+        if self.live_members() == 0 {
+            return self.reopen();
+        }
+        if self.g.replay.writing {
+            if self.g.replay.out != 0 {
+                return;
+            }
+            self.g.replay.writing = false;
+            self.changed();
+        }
+        let next = self.g.replay.next;
+        if let Some(Kept { value, .. }) = self.g.replay.kept().get(next as usize).copied() {
+            let targets = self.live();
+            self.changing();
+            for slot in slots(targets) {
+                self.send(slot, What::Write { value, fua: false });
+            }
+            (self.g.replay.next, self.g.replay.writing, self.g.replay.out) = (next + 1, true, targets);
+            return;
+        }
+        self.g.replay.next = 0;
+        if self.is(Mutant::ReplayedIsDurable) {
+            self.g.replay.forget();
+        } else if !self.is(Mutant::ReplayUnderOldFlush) {
+            self.g.replay.cover(self.g.flush_next);
+        }
+        self.begin_serving();
+        self.want_flush();
+    }
+
+    /// Lets go of what is durable.
+    fn advance_kept(&mut self) {
+        let guarded = self.g.phase != Phase::Replaying || self.is(Mutant::ReplayUnderOldFlush);
+        let all = self.everyone_counts() || self.is(Mutant::LetGoWithoutAll);
+        if self.g.replay.is_empty() || !guarded || !all {
+            return;
+        }
+        let asked = match self.cfg.mutant {
+            Some(Mutant::LetGoWithoutAll) => self.live_members(),
+            Some(Mutant::LetGoWithoutAdded) => self.g.members,
+            _ => self.required(),
+        };
+        let answered = slots(asked).map(|slot| self.g.slots[slot].flushed).min();
+        self.g.replay.flushed(answered.unwrap_or(0));
+    }
+
+    // ---- take_over.rs: going on -------------------------------------------------------------------------------
 
     /// The flush that waits fails, and initiators are told.
     fn every_cache_was_lost(&mut self) {
         self.g.power_on = true;
-        self.g.flush_op = None;
+        if !self.is(Mutant::FlushOutlivesLoss) {
+            self.g.flush_op = None;
+        }
         self.promise.acked = self.promise.flushed;
         self.promise.seen = self.promise.flushed;
         self.promise.power_on_epoch = self.g.epoch;
@@ -511,8 +602,10 @@ impl Cx<'_> {
         if self.g.settle == Settle::Blocked {
             self.try_release();
         }
+        // A member that is not there may lack what the others were made equal with.
         if let Settle::Flushing(no) = self.g.settle
-            && self.flushed(no, self.live_members())
+            && self.everyone_counts()
+            && self.flushed(no, self.required())
         {
             self.g.settle = Settle::Done;
             for slot in slots(self.live_members()) {
@@ -524,6 +617,7 @@ impl Cx<'_> {
         }
         if self.is_settled() && !self.g.settle_ended {
             self.g.settle_ended = true;
+            self.g.replay.complete = true;
             self.g.extra_bases = 0;
             self.kept |= self.live_members();
             for slot in slots(self.live_members()) {
@@ -701,6 +795,10 @@ impl Cx<'_> {
 
     /// `Mirror::listed`
     fn join_listed(&mut self, slot: usize) {
+        // While a change is in doubt nobody else may be left: its own list tells nothing.
+        if self.live_members() == 0 && !self.is(Mutant::JoinToNobody) {
+            return;
+        }
         let everyone = self.live_members() | bit(slot);
         let mut complete = true;
         for s in slots(everyone) {
@@ -737,8 +835,8 @@ impl Cx<'_> {
         if !matches!(self.g.phase, Phase::Serving | Phase::Closing) {
             return;
         }
-        // With nobody there it fails, and is tried again later.
-        if self.g.eq.is_none() && self.live() != 0 {
+        // With no member there it fails, and is tried again later.
+        if self.g.eq.is_none() && (self.live_members() != 0 || self.is(Mutant::JoinToNobody) && self.live() != 0) {
             let joins = self.slots_where(|s| s.join() == Some(JoinStage::Equalising { todo: true })) != 0;
             let demanded =
                 self.g.settle == Settle::Unsettled && (self.g.phase == Phase::Serving || self.g.op.is_some());
@@ -767,6 +865,10 @@ impl Cx<'_> {
                 let mut values = slots(eq.participants).map(|s| eq.values[s]);
                 let first = values.next();
                 let bases = self.bases();
+                if bases.is_empty() && !self.is(Mutant::JoinToNobody) {
+                    self.g.eq = Some(Equalise { failed: true, ..eq });
+                    return self.end_equalise();
+                }
                 if values.all(|v| Some(v) == first) || bases.is_empty() {
                     return self.end_equalise();
                 }
@@ -817,10 +919,11 @@ impl Cx<'_> {
                 let dirty = slot.listed.is_none_or(|l| l.0);
                 let rank = match (slot.suspect, slot.restarted) {
                     _ if self.is(Mutant::KeepRestarted) => 0,
-                    _ if slot.info_kept => 0,
                     (false, false) => 0,
-                    _ if dirty => 1,
-                    _ => 2,
+                    // What a kill left is whole; what a power cut left may lack what was acknowledged.
+                    _ if slot.info_kept && !self.is(Mutant::KilledRanksAsCut) => 1,
+                    _ if dirty => 2,
+                    _ => 3,
                 };
                 (rank, s)
             })
@@ -860,7 +963,10 @@ impl Cx<'_> {
 
     /// `Mirror::gates_open`
     fn gates_open(&self) -> bool {
-        matches!(self.g.phase, Phase::Serving | Phase::Closing) && self.is_settled()
+        self.is_serving() && self.is_settled()
+    }
+    fn is_serving(&self) -> bool {
+        matches!(self.g.phase, Phase::Serving | Phase::Closing)
     }
 
     /// Whom a read may be sent to now (`Mirror::pick`; by chunk in the code, any in the model).
@@ -884,6 +990,11 @@ impl Cx<'_> {
     }
 
     fn advance_op(&mut self) {
+        self.advance_the_op();
+        self.reconsider_flush();
+    }
+
+    fn advance_the_op(&mut self) {
         let Some(op) = self.g.op else { return };
         match op.stage {
             OpStage::Gated | OpStage::Locking if op.value.is_some() => {
@@ -906,7 +1017,6 @@ impl Cx<'_> {
             OpStage::Writing => self.reconsider_write(),
             _ => {}
         }
-        self.reconsider_flush();
     }
 
     fn write(&mut self) {
@@ -914,10 +1024,12 @@ impl Cx<'_> {
         if targets == 0 {
             return;
         }
-        let fua = self.g.members.count_ones() == 1 && !self.is(Mutant::LastMemberWithoutFua);
+        let alone = self.g.members.count_ones() == 1 && !self.is(Mutant::LastMemberWithoutFua);
         let Some(op) = &mut self.g.op else { return };
         op.stage = OpStage::Writing;
-        (op.sent, op.pending, op.done, op.fua) = (targets, targets, 0, fua);
+        (op.sent, op.pending, op.done) = (targets, targets, 0);
+        op.fua |= alone;
+        let fua = op.fua;
         let value = op.value.expect("a write");
         self.changing();
         for slot in slots(targets) {
@@ -929,11 +1041,18 @@ impl Cx<'_> {
         if self.is(Mutant::AckBeforeCommit) {
             return false;
         }
-        let storing = matches!(self.g.change, Change::Storing { pending } if pending != 0);
-        // A member that left and is back counts for nothing before a newer set adds it.
+        matches!(self.g.change, Change::Storing { pending } if pending != 0) || !self.everyone_counts()
+    }
+
+    /// `Mirror::everyone_counts`: a member that left and is back does not before a newer set adds it. Nor does one that
+    /// was lost after it was proposed before it is flushed again: flushes that it answered before are older than what
+    /// was copied to it.
+    fn everyone_counts(&self) -> bool {
         let back = self.g.members & !self.live_members() != 0 && !self.is(Mutant::ReturnedMemberCounts);
+        let ready = self.live_members() | self.slots_where(|s| s.join() == Some(JoinStage::Proposing));
+        let returned = self.proposed() & !ready != 0 && !self.is(Mutant::ReturnedCountsUnflushed);
         let ok = self.live_members() | self.counting();
-        storing || back || self.required() & !ok != 0
+        !back && !returned && self.required() & !ok == 0
     }
 
     /// `Mirror::reconsider`, of a write.
@@ -951,7 +1070,13 @@ impl Cx<'_> {
             }
             op.answered = true;
             self.g.op = Some(op);
-            self.acknowledged(op.value.expect("a write"), op.fua || alone);
+            let (value, durable) = (op.value.expect("a write"), op.fua || alone);
+            let older = !self.g.replay.is_empty() && !self.is(Mutant::DurableNotKept);
+            if !durable || older {
+                let early = u8::from(self.is(Mutant::LetGoEarly));
+                self.g.replay.keep(value, self.g.flush_next - early);
+            }
+            self.acknowledged(value, durable);
         }
         if op.answered && (op.pending == 0 || self.is(Mutant::UnlockEarly)) {
             self.changed();
@@ -974,7 +1099,7 @@ impl Cx<'_> {
     pub fn reconsider_flush(&mut self) {
         let Some(flush) = self.g.flush_op else { return };
         if flush.no == 0 {
-            if self.gates_open() {
+            if self.is_serving() {
                 let no = self.want_flush();
                 self.g.flush_op = Some(FlushOp { no, ..flush });
             }
@@ -1025,7 +1150,7 @@ impl Cx<'_> {
         let closing = self.g.phase == Phase::Closing;
         let due = closing || (self.g.phase == Phase::Serving && self.g.clean_due);
         let live = self.live_members();
-        let everyone = if self.is(Mutant::CleanWithoutAll) { self.g.members } else { ALL };
+        let everyone = if self.is(Mutant::CleanWithoutAll) { self.g.members } else { self.cfg.all() };
         let all_in_sync = live == everyone && self.g.members == everyone;
         if !due || !all_in_sync || self.g.change != Change::None || !self.is_settled() || !self.g.tracked {
             return;
@@ -1073,7 +1198,7 @@ impl Cx<'_> {
             }
             return;
         }
-        if self.g.tracked && members == ALL && self.is_settled() {
+        if self.g.tracked && members == self.cfg.all() && self.is_settled() {
             return;
         }
         self.g.phase = Phase::Closed;

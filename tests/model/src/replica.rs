@@ -201,7 +201,26 @@ impl Replica {
     }
 
     /// Power is cut: the disk is left with this value, and with what it says of a clean that was being written.
-    pub fn cut(&mut self, value: u8, dirty: bool, clean: u8) {
+    pub fn cut(&mut self, cfg: &Config, value: u8, dirty: bool, clean: u8) {
+        let whole = self.whole;
+        self.lose(value, dirty, clean);
+        match cfg.mutant {
+            Some(Mutant::KeptAfterCut) => self.kept = whole,
+            Some(Mutant::WholeAfterCut) => self.whole = whole,
+            _ => {}
+        }
+    }
+
+    /// A sync fails: what was not durable may be gone from the cache, and the machine does not restart.
+    pub fn fault(&mut self, cfg: &Config, value: u8) {
+        let whole = self.whole;
+        self.lose(value, self.dirty_disk, self.clean_disk);
+        if cfg.mutant == Some(Mutant::KeptAfterFault) {
+            (self.kept, self.whole) = (whole, whole);
+        }
+    }
+
+    fn lose(&mut self, value: u8, dirty: bool, clean: u8) {
         self.cut |= value != self.value;
         self.value = value;
         self.maybe = 1 << value;
@@ -225,7 +244,7 @@ impl Replica {
 
     /// An older image of the disk is brought back, by somebody who does not know better.
     pub fn restore(&mut self, image: &Image) {
-        self.cut(image.value, image.dirty, image.clean);
+        self.lose(image.value, image.dirty, image.clean);
         (self.epoch, self.kept_epoch, self.version) = (image.epoch, image.kept_epoch, image.version);
         self.imaged = true;
         self.whole = false;

@@ -10,12 +10,13 @@ use crate::config::Bounds;
 pub const N: usize = 3;
 /// Gateways.
 pub const G: usize = 2;
+/// Acknowledged writes that an owner keeps.
+pub const KEPT: usize = 3;
 /// Requests on their way at a time.
 const WIRE: usize = 18;
 
 /// A set of replicas.
 pub type Mask = u8;
-pub const ALL: Mask = (1 << N) - 1;
 /// A flush that has not been given a number: none covers it.
 pub const NEVER: u8 = u8::MAX;
 
@@ -217,6 +218,7 @@ impl fmt::Debug for Wire {
 pub enum Phase {
     Off,
     Opening,
+    Replaying,
     Serving,
     Closing,
     Closed,
@@ -394,6 +396,60 @@ pub struct Equalise {
     pub failed: bool,
 }
 
+/// An acknowledged write, until every member has answered this flush or a later one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Kept {
+    pub value: u8,
+    pub covered_by: u8,
+}
+
+/// What the owner keeps, and how far it has come in writing it again. All of it is the same block, so one write is out
+/// at a time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Replay {
+    len: u8,
+    kept: [Kept; KEPT],
+    /// What is acknowledged is durable on every member, or kept.
+    pub complete: bool,
+    /// The next to be written again.
+    pub next: u8,
+    /// One is out, and these have not answered.
+    pub writing: bool,
+    pub out: Mask,
+}
+
+impl Replay {
+    pub const fn new(complete: bool) -> Self {
+        let kept = [Kept { value: 0, covered_by: 0 }; KEPT];
+        Self { len: 0, kept, complete, next: 0, writing: false, out: 0 }
+    }
+    pub fn kept(&self) -> &[Kept] {
+        &self.kept[..self.len as usize]
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    pub fn keep(&mut self, value: u8, covered_by: u8) {
+        self.kept[self.len as usize] = Kept { value, covered_by };
+        self.len += 1;
+    }
+    /// Every member has answered flush `no`.
+    pub fn flushed(&mut self, no: u8) {
+        while self.len > 0 && self.kept[0].covered_by <= no {
+            self.kept.rotate_left(1);
+            self.len -= 1;
+            self.kept[self.len as usize] = Kept::default();
+        }
+    }
+    pub fn forget(&mut self) {
+        (self.kept, self.len) = ([Kept::default(); KEPT], 0);
+    }
+    /// All of it waits for this flush.
+    pub fn cover(&mut self, no: u8) {
+        self.kept[..self.len as usize].iter_mut().for_each(|kept| kept.covered_by = no);
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Gateway {
     pub epoch: u8,
@@ -426,6 +482,9 @@ pub struct Gateway {
     pub flush_op: Option<FlushOp>,
     pub eq: Option<Equalise>,
     pub closing_flush: u8,
+    /// To be closed once what is kept has been written again.
+    pub close_wanted: bool,
+    pub replay: Replay,
     /// It went on though every cache was lost.
     pub power_on: bool,
 }
@@ -460,6 +519,8 @@ impl Gateway {
         flush_op: None,
         eq: None,
         closing_flush: 0,
+        close_wanted: false,
+        replay: Replay::new(false),
         power_on: false,
     };
 }
@@ -687,7 +748,8 @@ impl Ranks {
             Some(JoinStage::Flushing(no)) => no,
             _ => 0,
         });
-        let waited = [change, settle, op, flush, g.closing_flush].into_iter().chain(joins);
+        let kept = g.replay.kept().iter().map(|kept| kept.covered_by);
+        let waited = [change, settle, op, flush, g.closing_flush].into_iter().chain(joins).chain(kept);
         Self(Some(waited.filter(|no| *no > 0).fold(0, |mask, no| mask | 1 << no)))
     }
     fn rank(self, no: u8) -> u8 {
@@ -723,7 +785,12 @@ impl Gateway {
             h.word(slots[from as usize]);
         }
         let f = flags(&[self.lease, self.flush_wanted, self.tracked, self.clean_due, self.settle_ended, self.released]);
-        let f2 = flags(&[self.awaited_before, self.power_on]);
+        let Replay { complete, writing, .. } = self.replay;
+        let f2 = flags(&[self.awaited_before, self.power_on, complete, writing, self.close_wanted]);
+        h.bytes([self.replay.len, self.replay.next, m(self.replay.out)]);
+        for kept in self.replay.kept() {
+            h.bytes([kept.value, ranks.rank(kept.covered_by)]);
+        }
         h.bytes([f, f2, self.epoch, self.phase as u8, self.version, m(self.members), m(self.awaited), self.clean]);
         h.bytes([
             m(self.lost),
@@ -866,7 +933,9 @@ impl fmt::Debug for State {
         for (i, g) in self.g.iter().enumerate().filter(|(_, g)| g.phase != Phase::Off) {
             write!(f, "g{} {:?} v{} {:03b} {:?} ", i + 1, g.phase, g.version, g.members, g.settle)?;
             let roles = g.slots.map(|s| s.role);
-            write!(f, "{roles:?} {:?} {:?}; ", g.change, g.op)?;
+            write!(f, "{roles:?} {:?} {:?} keeps", g.change, g.op)?;
+            g.replay.kept().iter().try_for_each(|kept| write!(f, " {}", kept.value))?;
+            write!(f, "; ")?;
         }
         write!(f, "wire {:?}; {:?} {:?}", self.wire, self.promise, self.breach)
     }
