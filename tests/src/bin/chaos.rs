@@ -10,7 +10,7 @@ use tests::chaos::plan::Kind;
 use tests::chaos::{Options, run};
 
 const USAGE: &str = "usage: chaos [--minutes M] [--seed S] [--dir DIR] [--gateways 1|2] [--only KIND,KIND..] \
-                     [--kill-all] [--drills]";
+                     [--drills]";
 /// Given by this program to itself, when it has the namespaces.
 const INSIDE: &str = "--inside";
 
@@ -20,7 +20,6 @@ fn parse() -> Result<(Options, bool), String> {
         seed: 1,
         dir: PathBuf::new(),
         gateways: 2,
-        kill_all: false,
         only: Vec::new(),
         drills: false,
     };
@@ -41,7 +40,6 @@ fn parse() -> Result<(Options, bool), String> {
                     options.only.push(*kind.ok_or_else(|| format!("no fault {name}; there are {}", names()))?);
                 }
             }
-            "--kill-all" => options.kill_all = true,
             "--drills" => options.drills = true,
             INSIDE => inside = true,
             _ => return Err(format!("unknown word {word}\n{USAGE}")),

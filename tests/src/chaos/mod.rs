@@ -18,8 +18,8 @@
 //! from one gateway to another, whether the first one is dead, stopped, cut off or well. Withheld is what may lose
 //! data by design, or what the volume may answer with an error:
 //!
-//! - While a process that held a copy was killed, or its disk was full, and it is not in sync again, one other
-//!   node stays untouched ([`plan::Book`]). [`Options::kill_all`] lifts this for processes.
+//! - While a node's disk is full, or was and it is not in sync again, one other node stays untouched
+//!   ([`plan::Book`]).
 //! - A majority of the voters is taken away for seconds only, so that a run gets on. I/O waits meanwhile (R12).
 
 pub mod lab;
@@ -43,8 +43,6 @@ pub struct Options {
     pub dir: PathBuf,
     /// 1 or 2.
     pub gateways: usize,
-    /// Lets every node be killed at once.
-    pub kill_all: bool,
     /// Only these kinds of faults; empty: all.
     pub only: Vec<plan::Kind>,
     /// Instead of a random plan: each long fault alone, one after the other.

@@ -290,14 +290,11 @@ pub struct Book {
     /// Faults that each place is under, whatever they are.
     busy: Vec<u32>,
     mute: Vec<u32>,
-    kill_all: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct NodeEntry {
     faults: u32,
-    /// Killed, or its disk full, since it was in sync.
-    restarted: bool,
     /// Its disk was full since it was in sync.
     full: bool,
     /// Not seen in sync since its last fault ended.
@@ -306,10 +303,10 @@ struct NodeEntry {
 
 impl Book {
     /// Everything is in order.
-    pub fn new(lab: &Lab, kill_all: bool) -> Self {
+    pub fn new(lab: &Lab) -> Self {
         let places = lab.members.len() + 1;
         let nodes = vec![NodeEntry::default(); lab.of(Role::Node).len()];
-        Self { nodes, busy: vec![0; places], mute: vec![0; places], kill_all }
+        Self { nodes, busy: vec![0; places], mute: vec![0; places] }
     }
 
     /// Whether the deed may be done now.
@@ -327,9 +324,8 @@ impl Book {
             entry.faults == 0 && entry.doubt.is_none() && !soft.contains(node) && !hard.contains(node)
         };
         let full = deed.fill.is_some() || self.nodes.iter().any(|node| node.full);
-        let loses = !hard.is_empty() || self.nodes.iter().any(|node| node.restarted);
         // Where everybody else is gone, a full disk is the initiators' error (R2).
-        if (loses && !self.kill_all || full) && !(0..self.nodes.len()).any(|node| sound(&node)) {
+        if full && !(0..self.nodes.len()).any(|node| sound(&node)) {
             return Err("no node would be left that is in sync and untouched");
         }
         if deed.fill.is_some_and(|node| self.busy[node] > 0) {
@@ -359,7 +355,6 @@ impl Book {
         let hard = deed.hard(lab);
         for node in deed.soft(lab).union(&hard) {
             self.nodes[*node].faults += 1;
-            self.nodes[*node].restarted |= hard.contains(node);
             self.nodes[*node].full |= deed.fill == Some(*node);
         }
     }
@@ -407,9 +402,9 @@ mod tests {
     }
 
     #[test]
-    fn while_a_copy_is_out_one_node_stays_untouched() {
+    fn while_a_disk_is_full_one_node_stays_untouched() {
         let lab = Lab::new(std::path::Path::new("nowhere"), 2);
-        let mut book = Book::new(&lab, false);
+        let mut book = Book::new(&lab);
         let gateway = lab.of(Role::Gateway)[0];
         let seen = |ahead: u64| Seen {
             asked: Instant::now() + Duration::from_secs(ahead),
@@ -421,25 +416,29 @@ mod tests {
             waits: Vec::new(),
             table: String::new(),
         };
-        assert!(book.allows(&kill(&[0, 1]), &lab).is_ok());
-        assert!(book.allows(&kill(&[0, 1, 2]), &lab).is_err());
-        book.begins(&kill(&[0]), &lab);
+        let fill = |node| Deed { fill: Some(node), ..Deed::default() };
+        let all = Deed { may_lose_majority: true, ..kill(&[0, 1, 2]) };
+        assert!(book.allows(&kill(&[0, 1]), &lab).is_ok() && book.allows(&all, &lab).is_ok());
+        assert!(book.allows(&kill(&[0, 1, 2]), &lab).is_err(), "of five voters");
+        book.begins(&fill(0), &lab);
         book.begins(&stop(1), &lab);
         let cut = Deed { cut: vec![(gateway, 2)], ..Deed::default() };
-        for last in [kill(&[2]), stop(2), cut, Deed { fill: Some(2), ..Deed::default() }] {
+        for last in [kill(&[2]), stop(2), cut, fill(2)] {
             assert!(book.allows(&last, &lab).is_err(), "{last:?}");
         }
-        book.ended(&kill(&[0]), &lab);
+        book.ended(&fill(0), &lab);
         book.saw(&seen(0));
         assert!(book.allows(&stop(2), &lab).is_err(), "it is too early to believe that node 0 is in sync");
         book.saw(&seen(60));
         assert!(book.allows(&stop(2), &lab).is_ok());
         assert!(book.allows(&stop(1), &lab).is_err(), "it is stopped");
-        // Nobody was killed since: all may be stopped, but for the voters' majority.
+        // No disk was full since: all may be stopped or killed, but for the voters' majority.
         book.begins(&stop(2), &lab);
         assert!(book.allows(&stop(0), &lab).is_err());
         assert!(book.allows(&Deed { may_lose_majority: true, ..stop(0) }, &lab).is_ok());
-        assert!(book.allows(&kill(&[0]), &lab).is_err());
+        assert!(book.allows(&Deed { may_lose_majority: true, ..kill(&[0]) }, &lab).is_ok());
+        book.begins(&fill(0), &lab);
+        assert!(book.allows(&Deed { may_lose_majority: true, ..kill(&[1]) }, &lab).is_err());
     }
 
     #[test]

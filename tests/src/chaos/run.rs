@@ -180,7 +180,7 @@ async fn up(options: &Options) -> Result<Chaos> {
     let sectors = load.device_bytes() / SECTOR;
     let race = Race::start(&portals, &iqn(VOLUME), sectors, options.seed, PING, PATIENCE);
     let watch = Watch::start(watched, &lab, VOLUME);
-    let book = Book::new(&lab, options.kill_all);
+    let book = Book::new(&lab);
     Ok(Chaos {
         cluster,
         volume,
