@@ -10,7 +10,7 @@
 //! survivors have stored the new set. While an addition is in doubt both sets are required.
 
 use proto::frame::Request;
-use proto::id::FlushNo;
+use proto::id::{FlushNo, SetVersion};
 
 use super::join::JoinStage;
 use super::mask::Mask;
@@ -143,7 +143,7 @@ impl Mirror {
                 let storing = self.live_members();
                 self.change = Some(Change { members, awaited, stage: ChangeStage::Storing(storing) });
                 for slot in storing.iter() {
-                    self.send(now, slot, What::StoreSet, Request::StoreSet { set: self.set_view() }, out);
+                    self.send(now, slot, What::StoreSet(self.version), Request::StoreSet { set: self.set_view() }, out);
                 }
             }
         }
@@ -169,8 +169,11 @@ impl Mirror {
         }
     }
 
-    pub(super) fn set_stored(&mut self, slot: usize) {
-        if let Some(Change { stage: ChangeStage::Storing(pending), .. }) = &mut self.change {
+    pub(super) fn set_stored(&mut self, slot: usize, version: SetVersion) {
+        // Not by the answer to an older one.
+        if version == self.version
+            && let Some(Change { stage: ChangeStage::Storing(pending), .. }) = &mut self.change
+        {
             pending.remove(slot);
         }
     }

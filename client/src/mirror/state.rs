@@ -160,7 +160,7 @@ pub(super) enum What {
     Equalise(RegionIndex),
     Clean,
     Settle,
-    StoreSet,
+    StoreSet(SetVersion),
     MarkAllDirty,
     Detach,
 }
@@ -601,7 +601,7 @@ impl Mirror {
                         self.recheck = true;
                     }
                     What::Clean => self.clean_answered(slot),
-                    What::StoreSet => self.set_stored(slot),
+                    What::StoreSet(version) => self.set_stored(slot, version),
                     What::MarkAllDirty => {
                         if let Some(join) = self.slots[slot].join_mut() {
                             join.stage = JoinStage::Barrier;
@@ -617,7 +617,7 @@ impl Mirror {
     fn time_out(&mut self, now: u64) {
         for sent in self.sent.values() {
             let limit = match sent.what {
-                What::Flush(_) | What::Clean | What::StoreSet | What::MarkAllDirty | What::Attach => {
+                What::Flush(_) | What::Clean | What::StoreSet(_) | What::MarkAllDirty | What::Attach => {
                     limits::FLUSH_TIMEOUT_MS
                 }
                 _ => limits::REQUEST_TIMEOUT_MS,

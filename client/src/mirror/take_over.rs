@@ -395,7 +395,7 @@ impl Mirror {
         let members = self.members;
         self.begin_storing(members);
         for slot in members.iter() {
-            self.send(now, slot, What::StoreSet, Request::StoreSet { set: self.set_view() }, out);
+            self.send(now, slot, What::StoreSet(self.version), Request::StoreSet { set: self.set_view() }, out);
         }
     }
 }

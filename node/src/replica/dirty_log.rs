@@ -493,11 +493,12 @@ impl ReplicaCore {
             return self.fail(op, Code::Invalid, 0, out);
         }
         let mut cleaned: Vec<u32> = self.settled(entries).collect();
-        cleaned.retain(|region| self.regions.dirty.clear((*region).into()));
+        // What is suspect was found so since it was settled, by a bad map page, and the owner does not know (R10).
+        cleaned
+            .retain(|region| !self.regions.suspect.get((*region).into()) && self.regions.dirty.clear((*region).into()));
         for region in &cleaned {
             // From here on a write waits until the bit is durable again (R5).
             self.regions.durable.clear((*region).into());
-            self.regions.suspect.clear((*region).into());
             self.passes.dirty_pages.insert(u64::from(*region) / BITMAP_BITS);
         }
         self.superblock.set.clean = clean;
