@@ -6,4 +6,5 @@ pub mod convert;
 pub mod frame;
 pub mod id;
 pub mod limits;
+pub mod mutant;
 pub mod pb;

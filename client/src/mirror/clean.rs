@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proto::frame::{CleanEntry, Request};
 use proto::id::{CleanNo, FlushNo, RegionIndex};
+use proto::mutant::{self, Mutant};
 
 use super::mask::Mask;
 use super::region_set::RegionSet;
@@ -107,7 +108,7 @@ impl Mirror {
         let closing = self.phase == Phase::Closing;
         let due = closing || (self.phase == Phase::Serving && now >= self.clean_next);
         // R6: only when every replica of the definition is in sync.
-        let all = self.all_slots();
+        let all = if mutant::is(Mutant::CleanWithoutAll) { self.members } else { self.all_slots() };
         if !due
             || self.live_members() != all
             || self.members != all
@@ -122,7 +123,8 @@ impl Mirror {
         let common = all.iter().map(flushed).min().expect("a mirror has replicas");
         let idle = |r: &DirtyRegion| r.in_flight == 0 && (closing || now >= r.last_write + IDLE_MS);
         let regions: Vec<_> = (self.dirty.regions.iter())
-            .filter(|(region, r)| idle(r) && r.covered_by <= common && !self.equalising.contains_key(region))
+            .filter(|(_, r)| r.covered_by <= common || mutant::is(Mutant::CleanAsBoolean))
+            .filter(|(region, r)| idle(r) && !self.equalising.contains_key(region))
             .map(|(region, r)| (*region, *r))
             .take(limits::MAX_CLEAN_REGIONS / 2)
             .collect();

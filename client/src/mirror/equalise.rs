@@ -16,6 +16,7 @@ use bytes::Bytes;
 use proto::frame::{BlockHash, Code, CopyTarget, Reply, Request, block_sum};
 use proto::id::{BlockIndex, RegionIndex};
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::mask::Mask;
 use super::range_lock::LockOwner;
@@ -189,7 +190,8 @@ impl Mirror {
         };
         assert!(self.equalising.insert(region, run).is_none(), "region {region} is being equalised already");
         let (first, count) = self.blocks_of(region);
-        if self.locks.acquire(LockOwner::Region(region.0), BlockIndex(first), count.into(), !compare_only) {
+        let locked = if mutant::is(Mutant::EqualiseWithoutLock) { 0 } else { count };
+        if self.locks.acquire(LockOwner::Region(region.0), BlockIndex(first), locked.into(), !compare_only) {
             self.equalise_locked(now, region, out);
         }
     }
@@ -258,7 +260,9 @@ impl Mirror {
                     self.background.no_path.insert((source, target), now);
                 }
                 run.failed = true;
-                self.lost.push_back((target, FaultReason::CopyInDoubt));
+                if !mutant::is(Mutant::KeepTargetOfLateCopy) {
+                    self.lost.push_back((target, FaultReason::CopyInDoubt));
+                }
             }
             // Its source is not what it was when it was hashed: all of it has ended, and it is hashed again.
             (
@@ -595,7 +599,7 @@ impl Mirror {
 
     fn end_equalise(&mut self, now: u64, region: RegionIndex, out: &mut Vec<Output>) {
         let run = self.equalising.remove(&region).expect("runs");
-        if !run.compare_only {
+        if !run.compare_only && !mutant::is(Mutant::EqualisedStaysDirty) {
             self.dirty.written(region, now, self.flush_next);
         }
         if run.failed {

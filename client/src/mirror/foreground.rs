@@ -9,6 +9,7 @@ use bytes::{Bytes, BytesMut};
 use proto::frame::{Code, Reply, Request, WhatNext, block_sum, block_sums};
 use proto::id::{BlockIndex, FlushNo, RegionIndex};
 use proto::limits::{BLOCK_SIZE, MAX_DISCARD_BLOCKS, MAX_REQUEST_BLOCKS, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::mask::Mask;
 use super::range_lock::LockOwner;
@@ -287,7 +288,7 @@ impl Mirror {
         if op.writes() && (self.members.len() < self.cfg.min_in_sync || self.replay.is_full()) {
             return false;
         }
-        if self.settling.is_done() {
+        if self.settling.is_done() || mutant::is(Mutant::ServeUnsettled) {
             return true;
         }
         let mut open = true;
@@ -332,7 +333,7 @@ impl Mirror {
             }
             _ => {}
         }
-        let exclusive = op.writes();
+        let exclusive = op.writes() && !mutant::is(Mutant::WritesShareLocks);
         op.stage = Stage::Locking;
         if self.locks.acquire(LockOwner::Op(id), op.block, op.count.into(), exclusive) {
             self.start(now, id, out);
@@ -361,7 +362,8 @@ impl Mirror {
 
     /// The replica to read `block` from: by chunk over the live members, so that one stream draws on all of them.
     fn pick(&self, block: u64, tried: Mask) -> Option<usize> {
-        let live: Vec<usize> = (self.live_members() - tried).iter().collect();
+        let readable = if mutant::is(Mutant::ReadJoining) { self.live() } else { self.live_members() };
+        let live: Vec<usize> = (readable - tried).iter().collect();
         let turn = (block / self.cfg.chunk_blocks) as usize;
         (!live.is_empty()).then(|| live[turn % live.len()])
     }
@@ -373,6 +375,10 @@ impl Mirror {
             Some(slot) => {
                 self.ops.get_mut(&id).expect("open").stage = Stage::Reading { slot };
                 self.send(now, slot, What::Op(id), Request::Read { block, count }, out);
+            }
+            None if tried.is_empty() && mutant::is(Mutant::MadeUpRead) => {
+                let zeroes = vec![0; count as usize * BLOCK_SIZE as usize];
+                self.read_good(now, id, None, zeroes.into(), out);
             }
             None if tried.is_empty() => {
                 // Nobody is there: the membership decides, and everything begins again.
@@ -412,6 +418,7 @@ impl Mirror {
             Reply::Read { block, sums, data } if block.0 == first && sums.len() as u32 == count => {
                 // Bytes that the network or a node's memory changed are as bad as bytes that a disk did (R10).
                 let wrong = data.chunks_exact(BLOCK_SIZE as usize).zip(&sums).position(|(b, s)| block_sum(b) != *s);
+                let wrong = wrong.filter(|_| !mutant::is(Mutant::SumsUnchecked));
                 match wrong {
                     None => return self.read_good(now, id, single, data, out),
                     Some(i) => Some(first + i as u64),
@@ -431,6 +438,9 @@ impl Mirror {
                 let replica = self.slots[slot].def.replica;
                 out.push(Output::Log(Event::BadBlock { replica, block: BlockIndex(block) }));
                 self.repair(RegionIndex((block / REGION_BLOCKS) as u32));
+                if mutant::is(Mutant::FirstBadCopyIsAll) {
+                    return self.finish(now, id, OpOutcome::Medium { block: BlockIndex(block) }, out);
+                }
             }
             None => {
                 op.resends += 1;
@@ -474,7 +484,8 @@ impl Mirror {
     fn write(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {
         let targets = self.live();
         // With one member left nothing else keeps an acknowledged write (R9).
-        let fua = !self.cfg.write_cache || self.members.len() == 1;
+        let last = self.members.len() == 1 && !mutant::is(Mutant::LastMemberCaches);
+        let fua = !self.cfg.write_cache || last;
         let op = self.ops.get_mut(&id).expect("open");
         op.stage = Stage::Writing;
         op.had_effect = true;
@@ -505,7 +516,8 @@ impl Mirror {
             }
             Reply::Failed { code: code @ (Code::WriteFailed | Code::NoSpace), .. } if self.slots[slot].is_member() => {
                 op.pending.remove(slot);
-                op.refused.insert(slot);
+                let refused = if mutant::is(Mutant::RefusalCountsAsDone) { &mut op.done } else { &mut op.refused };
+                refused.insert(slot);
                 op.refusal = if code == Code::NoSpace { OpOutcome::NoSpace } else { OpOutcome::WriteFailed };
             }
             Reply::Failed { code, .. } => {
@@ -572,14 +584,17 @@ impl Mirror {
 
     fn reconsider(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {
         self.judge_refusals(id, out);
-        let required = self.required();
-        let hold = self.holds_acknowledgements() || !self.everyone_counts();
+        let mut required = self.required();
+        let mut hold = self.holds_acknowledgements() || !self.everyone_counts();
+        if mutant::is(Mutant::AckBeforeCommit) {
+            (required, hold) = (self.live_members(), false);
+        }
         let Some(op) = self.ops.get_mut(&id) else { return };
         match op.stage {
             Stage::Writing => {
                 if !op.answered && required.within(op.done) && !hold {
                     // With one member left nothing else keeps an acknowledged write (R9).
-                    let alone = self.members.len() == 1 && !op.fua;
+                    let alone = self.members.len() == 1 && !op.fua && !mutant::is(Mutant::LastMemberCaches);
                     if alone && op.durable_by.is_none_or(|no| !self.flushed(no, required)) {
                         if self.ops[&id].durable_by.is_none() {
                             let no = self.want_flush();
@@ -601,7 +616,7 @@ impl Mirror {
                     out.push(Output::Complete { id, outcome: OpOutcome::Done });
                 }
                 let op = &self.ops[&id];
-                if op.answered && op.pending.is_empty() {
+                if op.answered && (op.pending.is_empty() || mutant::is(Mutant::UnlockEarly)) {
                     let next = self.flush_next;
                     for region in op.regions() {
                         self.dirty.written(RegionIndex(region), now, next);
@@ -610,6 +625,7 @@ impl Mirror {
                     self.locks.release(LockOwner::Op(id), &mut self.granted);
                 }
             }
+            Stage::Reading { .. } if mutant::is(Mutant::ForgottenRead) => {}
             Stage::Reading { slot } if slot == usize::MAX || !self.slots[slot].is_member() => {
                 self.read(now, id, out);
             }

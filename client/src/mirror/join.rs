@@ -9,6 +9,7 @@
 
 use proto::frame::Request;
 use proto::id::{FlushNo, RegionIndex};
+use proto::mutant::{self, Mutant};
 
 use super::mask::Mask;
 use super::region_set::RegionSet;
@@ -52,7 +53,7 @@ impl Mirror {
         let attach = self.slots[slot].attach.as_mut().expect("attached");
         let info = attach.info();
         // More than one clean behind: an image from before cleans that it took part in (R6).
-        attach.as_new |= info.set.clean.0 + 1 < self.clean.0;
+        attach.as_new |= info.set.clean.0 + 1 < self.clean.0 && !mutant::is(Mutant::TrustOldImage);
         let as_new = attach.as_new;
         attach.listed = None;
         attach.role = Role::Joining(Join {
@@ -70,6 +71,9 @@ impl Mirror {
 
     /// Replicas whose answers count already although they are in no set (R7).
     pub(super) fn counting(&self) -> Mask {
+        if mutant::is(Mutant::JoinBeforeItCounts) {
+            return Mask::EMPTY;
+        }
         (0..self.slots.len())
             .filter(|s| {
                 self.slots[*s].join().is_some_and(|j| {
@@ -120,7 +124,7 @@ impl Mirror {
                     }
                 }
                 JoinStage::Flushing(no) => {
-                    if self.flushed(no, Mask::one(slot)) {
+                    if self.flushed(no, Mask::one(slot)) || mutant::is(Mutant::JoinWithoutFlush) {
                         self.settle_suspects(now, slot, None, out);
                         self.set_stage(slot, JoinStage::Proposing);
                     }
@@ -158,7 +162,8 @@ impl Mirror {
         if !complete {
             return;
         }
-        let (dirty, allocated) = self.union_of_lists(everyone);
+        let ignored = if mutant::is(Mutant::JoinIgnoresItsOwn) { Mask::one(slot) } else { Mask::EMPTY };
+        let (dirty, allocated) = self.union_of_lists(everyone - ignored);
         let mut todo = RegionSet::new();
         for region in dirty.iter() {
             self.dirty.found(region, now, self.flush_next);

@@ -9,8 +9,9 @@
 //! until the commit it is *required* and can't answer, after it [`Mirror::holds_acknowledgements`] until the
 //! survivors have stored the new set. While an addition is in doubt both sets are required.
 
-use proto::frame::Request;
+use proto::frame::{Request, SetView};
 use proto::id::{FlushNo, SetVersion};
+use proto::mutant::{self, Mutant};
 
 use super::join::JoinStage;
 use super::mask::Mask;
@@ -40,7 +41,7 @@ impl Mirror {
     /// The members of a set that may already be the committed one.
     pub(super) fn proposed(&self) -> Mask {
         match &self.change {
-            Some(Change { members, stage: ChangeStage::Proposed, .. }) => *members,
+            Some(Change { members, stage: ChangeStage::Proposed, .. }) if !mutant::is(Mutant::IgnoreDoubt) => *members,
             _ => Mask::EMPTY,
         }
     }
@@ -94,6 +95,10 @@ impl Mirror {
             Some(Change { members, stage: ChangeStage::Flushing(no), .. }) if *members == live => {
                 let no = *no;
                 if self.flushed(no, live) {
+                    for slot in live.iter().filter(|_| mutant::is(Mutant::StoreSetEarly)) {
+                        let set = SetView { version: self.version.next(), ..self.set_view() };
+                        self.send(now, slot, What::StoreSet(set.version), Request::StoreSet { set }, out);
+                    }
                     self.propose(live, self.awaited | self.owed(), out);
                 }
             }

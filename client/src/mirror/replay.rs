@@ -22,6 +22,7 @@ use bytes::Bytes;
 use proto::frame::{Reply, Request, block_sums};
 use proto::id::{BlockIndex, FlushNo, RegionIndex};
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::mask::Mask;
 use super::state::{Mirror, Phase, What, fault_of, limits};
@@ -107,7 +108,7 @@ impl Replay {
 
     /// Whether the loss of every cache loses nothing that was acknowledged.
     pub fn is_complete(&self) -> bool {
-        self.complete
+        self.complete && !mutant::is(Mutant::ReplayNotBelieved)
     }
 
     /// Every region that the opening found dirty is the same on all members' disks.
@@ -174,7 +175,9 @@ impl Mirror {
         if begun && self.phase != Phase::Replaying && self.everyone_counts() {
             let required = self.required();
             let answered = |slot: usize| self.slots[slot].attach.as_ref().expect("live").flushed;
-            let common = required.iter().map(answered).min().expect("a set has members");
+            let all = required.iter().map(answered);
+            let common = if mutant::is(Mutant::KeptTooShort) { all.max() } else { all.min() };
+            let common = common.expect("a set has members");
             self.replay.flushed(common);
         }
     }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use proto::frame::{AttachInfo, Code, Reply, Request, SetView, WhatNext};
 use proto::id::{AttachId, AttachNo, CleanNo, Epoch, FlushNo, RegionIndex, ReplicaId, SetVersion};
 use proto::limits::{LEASE_MS, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::clean::{Cleaning, DirtyTracker};
 use super::equalise::{Background, Equalise};
@@ -455,7 +456,10 @@ impl Mirror {
         }
     }
 
-    fn attached(&mut self, now: u64, slot: usize, info: AttachInfo, out: &mut Vec<Output>) {
+    fn attached(&mut self, now: u64, slot: usize, mut info: AttachInfo, out: &mut Vec<Output>) {
+        if mutant::is(Mutant::KeepRestarted) {
+            (info.told, info.suspect) = (true, 0);
+        }
         let s = &self.slots[slot];
         // A set version is newer than ours only if raft's history was rolled back; while a change of ours is in
         // doubt its version may be stored nowhere yet, so this holds then too (R8).
@@ -471,7 +475,7 @@ impl Mirror {
         }
         // What this session knows of the replica that an old image of its disk cannot (R6).
         let old_image = info.set.clean < s.clean_acked || (s.attached_before && info.stored_epoch < self.cfg.epoch);
-        let as_new = info.rebuilt || old_image;
+        let as_new = info.rebuilt || old_image && !mutant::is(Mutant::TrustOldImage);
         let slot_ref = &mut self.slots[slot];
         slot_ref.attached_before = true;
         let attach = slot_ref.attach.as_mut().expect("the caller checked the attach");
@@ -586,7 +590,9 @@ impl Mirror {
                         return;
                     }
                     listed.dirty.insert_bits(window.first, window.count, &window.dirty);
-                    listed.suspect.insert_bits(window.first, window.count, &window.suspect);
+                    if !mutant::is(Mutant::KeepRestarted) {
+                        listed.suspect.insert_bits(window.first, window.count, &window.suspect);
+                    }
                     listed.allocated.insert_bits(window.first, window.count, &window.allocated);
                     listed.next += window.count;
                     if listed.next < self.regions() {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use proto::frame::Request;
 use proto::id::{FlushNo, RegionIndex};
+use proto::mutant::{self, Mutant};
 
 use super::mask::Mask;
 use super::region_set::RegionSet;
@@ -155,7 +156,7 @@ impl Mirror {
         }
         // Whoever the old owner could read is fenced by our attach; for the others its lease must end (R3).
         let unfenced = !(self.members & awaiting).is_empty();
-        if unfenced && now < self.cfg.old_lease_until {
+        if unfenced && now < self.cfg.old_lease_until && !mutant::is(Mutant::TakeOverInLease) {
             return;
         }
         self.decide(now, since, awaiting, out);
@@ -187,7 +188,8 @@ impl Mirror {
             }
             // A replica that left while regions waited for it does not know those that were written without it, and
             // if a member restarted after that, they are suspect as well: nobody can tell which are which.
-            if !(self.forced || missing.is_empty() && self.awaited.is_empty()) {
+            let go_on = self.forced || mutant::is(Mutant::GoOnWithRestarted);
+            if !(go_on || missing.is_empty() && self.awaited.is_empty()) {
                 // The more are there, the fewer blocks are taken for right without a sum that says so.
                 if now < since + RESTARTED_MS {
                     return;
@@ -243,7 +245,9 @@ impl Mirror {
         }
         if whole.is_empty() && !complete {
             self.fail_flushes(out);
-            out.push(Output::PowerOn);
+            if !mutant::is(Mutant::SilentLoss) {
+                out.push(Output::PowerOn);
+            }
         }
         let current = |s: &usize| {
             let info = self.slots[*s].attach.as_ref().expect("kept").info();
@@ -254,7 +258,7 @@ impl Mirror {
             self.store_set_again(now, out);
         }
         // Also where processes were killed only: what is kept has sums, and they have not.
-        if intact.is_empty() && !self.replay.is_empty() {
+        if intact.is_empty() && !self.replay.is_empty() && !mutant::is(Mutant::ReplayNothing) {
             self.begin_replay(out);
         } else {
             self.begin_serving(out);
@@ -284,7 +288,7 @@ impl Mirror {
             let attach = self.slots[slot].attach.as_mut().expect("reached");
             let info = attach.info();
             let behind = info.set.clean.0 + 1 < clean.0 || info.kept_epoch < epoch;
-            attach.as_new |= attach.restarted && behind;
+            attach.as_new |= attach.restarted && behind && !mutant::is(Mutant::TrustOldImage);
         }
     }
 

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use proto::frame::{Reply, Request};
 use proto::id::{AttachId, BlockIndex, NodeId, RegionIndex, ReplicaId, SetVersion};
 use proto::limits::{BLOCK_SIZE, MAX_DISCARD_BLOCKS, MAX_REQUEST_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::stripe::{Piece, Stripe};
 use crate::block::{BlockOutcome, BlockRequest};
@@ -166,6 +167,9 @@ impl VolumeSession {
             SessionInput::Submit { id, request } => self.submit(now, id, request, out),
             SessionInput::Abort { id } => {
                 let ops = self.requests.get(&id).map(|r| r.ops.clone()).unwrap_or_default();
+                if mutant::is(Mutant::AbortAtOnce) && !ops.is_empty() {
+                    self.held.push_back((id, Ended::Block(BlockOutcome::Aborted)));
+                }
                 for (mirror, op) in ops {
                     self.mirror(now, mirror, Input::Abort { id: op }, out);
                 }
@@ -189,7 +193,7 @@ impl VolumeSession {
             SessionInput::Close => self.all(now, &Input::Close, out),
             SessionInput::Tick => self.all(now, &Input::Tick, out),
         }
-        if now < lease_until && !self.stopped {
+        if (now < lease_until || mutant::is(Mutant::ReplyAfterLease)) && !self.stopped {
             out.extend(self.held.drain(..).map(|(id, ended)| SessionOutput::Ended { id, ended }));
         }
     }

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proto::cluster::*;
 use proto::id::*;
 use proto::limits::LEASE_MS;
+use proto::mutant::{self, Mutant};
 use raft::prelude::Message;
 use uuid::Uuid;
 
@@ -235,7 +236,7 @@ impl ControlCore {
     /// Whether what is applied is at least as new as the start of this process. A member begins with what its log's
     /// snapshot says, and may know a leader long before it knows what was committed since.
     pub fn is_confirmed(&self) -> bool {
-        self.is_confirmed
+        self.is_confirmed || mutant::is(Mutant::ActOnOldNews)
     }
     /// The cluster as it was formed.
     pub fn definition(&self) -> &ClusterDefinition {
@@ -458,7 +459,9 @@ impl ControlCore {
             if epoch < known.session.epoch {
                 continue;
             }
-            self.leases.received(volume, epoch, now.boot_ms);
+            if !mutant::is(Mutant::GrantNotNoted) {
+                self.leases.received(volume, epoch, now.boot_ms);
+            }
             if let Some(mut report) = report.filter(|_| epoch == known.session.epoch) {
                 report.mirrors.truncate(MAX_REPORT_MIRRORS);
                 self.reports.insert(volume, Report { epoch, heard_unix_ms: now.unix_ms, report });

@@ -39,6 +39,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proto::cluster::{SessionState, VolumeSession};
 use proto::id::{Epoch, VolumeId};
 use proto::limits::{CLOCK_DRIFT_PERMILLE, LEASE_MS};
+use proto::mutant::{self, Mutant};
 use uuid::Uuid;
 
 /// Milliseconds of CLOCK_BOOTTIME.
@@ -100,6 +101,7 @@ impl LeaseTable {
     /// an earlier leader can.
     pub fn older_lease_ms(&self, volume: VolumeId, epoch: Epoch, settled: bool, now: BootMs) -> u64 {
         let Some((_, since)) = self.leading else { return FULL_LEASE_MS };
+        let settled = settled || mutant::is(Mutant::NewLeaderForgets);
         let inherited = if settled { 0 } else { since + FULL_LEASE_MS };
         let own = self.until.get(&volume).into_iter().flat_map(|leases| leases.range(..epoch));
         own.map(|(_, until)| *until).fold(inherited, u64::max).saturating_sub(now)

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use proto::cluster::*;
 use proto::id::*;
 use proto::limits::MAX_REPLICAS;
+use proto::mutant::{self, Mutant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -260,7 +261,8 @@ impl Metadata {
                 Ok(Answer::Done)
             }
             Command::ChangeSet { volume, mirror, epoch, expected, members, awaited } => {
-                let volume = self.owned(volume, epoch)?;
+                let stale = mutant::is(Mutant::StaleSetChange);
+                let volume = if stale { self.volume_mut(volume)? } else { self.owned(volume, epoch)? };
                 let found = volume.mirrors.iter_mut().find(|found| found.id == mirror);
                 let found = found.ok_or(Refusal::not_found(ObjectKind::Mirror, mirror))?;
                 change_set(found, expected, members, awaited, change).map(Answer::Set)
@@ -506,7 +508,8 @@ impl Metadata {
             SessionState::Closed { clean: true, .. } => PreviousSession::Clean,
             _ => PreviousSession::Unclean,
         };
-        let epoch = session.epoch.next();
+        let reused = mutant::is(Mutant::EpochReused) && session.owner() == Some(&gateway);
+        let epoch = if reused { session.epoch } else { session.epoch.next() };
         let state = SessionState::Open { gateway };
         volume.session = VolumeSession { epoch, state, settled: verdict.ended };
         // Nobody has accepted the loss of what this session may wait for.
@@ -553,7 +556,7 @@ fn change_set(
     awaited: Vec<ReplicaId>,
     change: &mut Change,
 ) -> Result<InSyncSet, Refusal> {
-    if mirror.in_sync.version != expected {
+    if mirror.in_sync.version != expected && !mutant::is(Mutant::StaleSetChange) {
         return Err(Refusal::SetChanged { mirror: mirror.id, current: mirror.in_sync.clone() });
     }
     if members.is_empty() {
@@ -569,7 +572,8 @@ fn change_set(
     if let Some(stranger) = members.iter().chain(&awaited).find(defined) {
         return Err(Refusal::not_found(ObjectKind::Replica, stranger));
     }
-    mirror.in_sync = InSyncSet { version: expected.next(), members, awaited };
+    let version = if mutant::is(Mutant::SetKeepsVersion) { expected } else { expected.next() };
+    mirror.in_sync = InSyncSet { version, members, awaited };
     change.0 = true;
     Ok(mirror.in_sync.clone())
 }

@@ -16,6 +16,7 @@
 //! machine's snapshot is persisted and the log cut, but for a tail that spares a follower a little behind the
 //! whole snapshot. A restart loads the snapshot and applies the log again as it is committed.
 
+use proto::mutant::{self, Mutant};
 use raft::prelude::*;
 use raft::{StateRole, Storage};
 
@@ -479,6 +480,9 @@ impl RaftCore {
                 self.node.on_persist_ready(number);
             } else {
                 self.outstanding = number;
+                if mutant::is(Mutant::SendBeforePersist) {
+                    out.push(Output::Send(std::mem::take(&mut persist.then_send)));
+                }
                 out.push(Output::Persist(Box::new(persist)));
                 self.node.advance_append_async(ready);
             }
@@ -507,7 +511,7 @@ impl RaftCore {
 
     /// Whether it is time for [`Self::compact`].
     pub fn wants_snapshot(&self) -> bool {
-        if self.installing.is_some() {
+        if self.installing.is_some() || mutant::is(Mutant::LogNeverCut) {
             return false;
         }
         let since = self.applied - self.log().latest_snapshot().get_metadata().index;

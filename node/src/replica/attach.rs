@@ -8,6 +8,7 @@
 
 use proto::frame::{AttachInfo, Code, Kind, Reply};
 use proto::id::{AttachId, Epoch, FlushNo, MirrorId, ReplicaId};
+use proto::mutant::{self, Mutant};
 
 use super::dirty_log::Waiter;
 use super::interface::{AttachEnd, ConnId, Notice, Output};
@@ -83,7 +84,8 @@ impl ReplicaCore {
     /// Goes on with the attach that is being taken, once everything older has ended on the disk too.
     pub(super) fn continue_attach(&mut self, out: &mut Vec<Output>) {
         let Some(taking) = &mut self.attach.taking else { return };
-        let drained = self.ops.is_empty() && !self.passes.is_running() && !self.flush.is_running();
+        let idle = self.ops.is_empty() || mutant::is(Mutant::AttachWithoutDrain);
+        let drained = idle && !self.passes.is_running() && !self.flush.is_running();
         if taking.storing.is_some() || !drained {
             return;
         }
@@ -95,6 +97,8 @@ impl ReplicaCore {
         self.flush.restart();
         if id.epoch > stored {
             self.superblock.epoch = id.epoch;
+        }
+        if id.epoch > stored && !mutant::is(Mutant::EpochNotStored) {
             self.store_superblock(Waiter::Attach(id));
         } else {
             self.attach_stored(id, out);
@@ -137,6 +141,7 @@ impl ReplicaCore {
     /// Whether this is the current attach's request.
     pub(super) fn check_attach(&self, from: Origin) -> Result<(), (Code, u64)> {
         match &self.attach.current {
+            Some(_) if mutant::is(Mutant::SkipAttachCheck) => Ok(()),
             Some(c) if (c.id, c.conn, c.channel) == (from.attach, from.conn, from.channel) && c.detaching.is_none() => {
                 Ok(())
             }
@@ -150,6 +155,7 @@ impl ReplicaCore {
             return Err((Code::UnknownReplica, 0));
         }
         match &self.attach.current {
+            Some(_) if mutant::is(Mutant::SkipCopyCheck) => Ok(()),
             Some(c) if c.id == from.attach && c.detaching.is_none() => Ok(()),
             _ => Err(self.not_attached(from.attach)),
         }

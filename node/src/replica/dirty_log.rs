@@ -15,6 +15,7 @@ use bytes::{Bytes, BytesMut};
 use proto::frame::{CleanEntry, Code, Kind, RegionWindow, Reply, SetView};
 use proto::id::{AttachId, BlockIndex, CleanNo, FlushNo, RegionIndex};
 use proto::limits::{MAX_REPLICAS, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::bitset::BitSet;
 use super::interface::{DiskData, DiskError, DiskIo, FaultReason, FileKind, Output};
@@ -83,10 +84,14 @@ impl Regions {
 
     /// Whether nothing has changed the region since flush `flush` began.
     fn unchanged_since(&self, region: u32, flush: FlushNo) -> bool {
-        self.changes.get(&region).is_none_or(|c| c.in_flight == 0 && c.flush < flush)
+        mutant::is(Mutant::CleanAsBoolean)
+            || self.changes.get(&region).is_none_or(|c| c.in_flight == 0 && c.flush < flush)
     }
 
     pub(super) fn forget_changes(&mut self) {
+        if mutant::is(Mutant::AttachWithoutDrain) {
+            return;
+        }
         assert!(self.changes.values().all(|c| c.in_flight == 0), "changes in flight at the start of an attach");
         self.changes.clear();
     }
@@ -371,6 +376,10 @@ impl ReplicaCore {
                 Stage::SecondCopy => Stage::SecondCopySync,
                 Stage::PagesSync | Stage::SecondCopySync => unreachable!("nothing is written during the sync"),
             };
+            let pages_only = pass.stage == Stage::PagesSync && pass.superblock.is_none();
+            if mutant::is(Mutant::DirtyWithoutSync) && pages_only {
+                return self.pass_sync_done(Ok(DiskData::None), out);
+            }
             self.disk(Io::PassSync, DiskIo::Sync { file: FileKind::Meta }, out);
         }
     }

@@ -16,6 +16,7 @@
 use bytes::Bytes;
 use proto::frame::{Code, Reply};
 use proto::id::FlushNo;
+use proto::mutant::{self, Mutant};
 
 use super::interface::{DiskData, DiskError, DiskIo, FaultReason, FileKind, Output};
 use super::state::{Io, Op, ReplicaCore};
@@ -102,6 +103,10 @@ impl ReplicaCore {
             return self.fail(op, Code::Invalid, 0, out);
         }
         current.last_flush = flush;
+        if mutant::is(Mutant::FlushAtOnce) {
+            let done = Reply::Done(op.kind);
+            return self.finish(op, done, out);
+        }
         self.flush.next = flush;
         self.flush.pending.push(id);
         self.ops.insert(id, op);
@@ -172,7 +177,7 @@ impl ReplicaCore {
 
     fn continue_flush(&mut self, out: &mut Vec<Output>) {
         let Some(pass) = &mut self.flush.running else { return };
-        if !pass.data_first || pass.data_synced {
+        if !pass.data_first || pass.data_synced || mutant::is(Mutant::AllocatedAhead) {
             let held = std::mem::take(&mut pass.held);
             pass.writing += held.len() as u32;
             held.into_iter().for_each(|(first, count, bytes)| self.write_map(first, count, bytes, true, out));

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use proto::frame::{Code, Reply, block_sum, zero_block_sum};
 use proto::id::BlockIndex;
 use proto::limits::{BLOCK_SIZE, MAX_DISCARD_BLOCKS, MAX_REQUEST_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::dirty_log::{Waiter, regions_of, runs};
 use super::interface::{DiskData, DiskError, DiskIo, FileKind, Notice, Output};
@@ -152,7 +153,7 @@ impl ReplicaCore {
             if !map.allocated(i) {
                 bytes.fill(0);
                 map.sums[i] = zero_block_sum();
-            } else if block_sum(bytes) != map.sums[i] {
+            } else if block_sum(bytes) != map.sums[i] && !mutant::is(Mutant::SumsUnchecked) {
                 let block = BlockIndex(block.0 + i as u64);
                 out.push(Output::Notice(Notice::ChecksumMismatch { block }));
                 return self.fail(op, Code::Checksum, block.0, out);
@@ -264,7 +265,7 @@ impl ReplicaCore {
     /// A write's data is on the disk, and so is what a killed process would leave of its allocations.
     pub(super) fn written(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
         let write = body!(op, Write);
-        if write.fua && !op.ended {
+        if write.fua && !op.ended && !mutant::is(Mutant::FuaIgnored) {
             // The change is complete; what is left is an ordinary flush.
             self.end_changes(&mut op);
             return self.flush_write(id, op);

@@ -22,6 +22,7 @@ use bytes::{Bytes, BytesMut};
 use proto::frame::Code;
 use proto::id::BlockIndex;
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::bitset::BitSet;
 use super::dirty_log::{Waiter, runs};
@@ -386,7 +387,8 @@ impl ReplicaCore {
         let end = (first + MAP_REGIONS).min(self.layout.regions);
         if (first..end).all(|region| self.regions.durable.get(region)) {
             let slot = self.map.slot(page).expect("a page that is marked has its slot");
-            slot.state = SlotState::Ready(MapPage::unverified());
+            let zeroes = mutant::is(Mutant::BadMapReadsAsZeroes);
+            slot.state = SlotState::Ready(if zeroes { MapPage::empty() } else { MapPage::unverified() });
             self.map.modify(page);
             return self.wake_page(page);
         }

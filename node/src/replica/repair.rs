@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use proto::frame::{BlockHash, Code, CopyTarget, Reply, Request, block_sum, block_sums};
 use proto::id::BlockIndex;
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 use super::dirty_log::{Waiter, regions_of};
 use super::interface::{CopyError, CopyToken, DiskData, DiskError, DiskIo, FileKind, Notice, Output};
@@ -258,6 +259,11 @@ impl ReplicaCore {
             Some(bytes) => {
                 assert_eq!(bytes.len() as u64, piece.count * BLOCK_SIZE, "the disk read another length");
                 for (i, bytes) in (piece.at as usize..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
+                    if mutant::is(Mutant::CompareSums) && !map.unverified(i) {
+                        let hash = hash(&job.key, &map.sums[i].to_le_bytes());
+                        job.hashes[i] = BlockHash { hash, intact: true, readable: true, allocated: true };
+                        continue;
+                    }
                     job.hashes[i] = BlockHash {
                         hash: hash(&job.key, bytes),
                         intact: !map.unverified(i) && block_sum(bytes) == map.sums[i],

@@ -1,4 +1,5 @@
-//! Runs the simulation: `sim --seeds N [--from S] [--ops K]`, or one seed with `--replay S [--trace]`.
+//! Runs the simulation: `sim --seeds N [--from S] [--ops K]`, or one seed with `--replay S [--trace]`. With
+//! `--mutants`, if it was built with that feature, it looks for faults that are planted in the code.
 
 use std::ops::Range;
 use std::process::ExitCode;
@@ -8,7 +9,11 @@ use std::time::Instant;
 
 use tests::sim::{Counters, Outcome, Setup, run_seed};
 
-const USAGE: &str = "usage: sim [--seeds N] [--from SEED] [--ops K] [--threads T] [--replay SEED [--trace]]";
+const USAGE: &str = "usage: sim [--seeds N] [--from SEED] [--ops K] [--threads T] [--replay SEED [--trace]] \
+                     [--mutants | --mutant NAME [--replay SEED [--healthy]]]";
+#[cfg(not(feature = "mutants"))]
+const NO_MUTANTS: &str = "no faults are planted in this program; build and run one that has them:\n  \
+                          cargo run --release -p tests --features mutants --bin sim -- --mutants";
 
 struct Args {
     seeds: u64,
@@ -17,28 +22,112 @@ struct Args {
     threads: usize,
     replay: Option<u64>,
     trace: bool,
+    mutants: bool,
+    /// Of these only one.
+    mutant: Option<String>,
+    /// Its seed, but without it.
+    healthy: bool,
 }
 
 fn parse() -> Result<Args, String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut args = Args { seeds: 100, from: 1, ops: 5000, threads, replay: None, trace: false };
+    let (mut seeds, mut ops) = (None, None);
+    let (replay, mutant) = (None, None);
+    let mut args =
+        Args { seeds: 0, from: 1, ops: 0, threads, replay, trace: false, mutants: false, mutant, healthy: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
+        if word == "--mutant" {
+            args.mutant = Some(words.next().ok_or_else(|| format!("{word} wants a name"))?);
+            args.mutants = true;
+            continue;
+        }
         let mut number = || {
             let text = words.next().ok_or_else(|| format!("{word} wants a number"))?;
             text.parse().map_err(|e| format!("{word} {text}: {e}"))
         };
         match word.as_str() {
-            "--seeds" => args.seeds = number()?,
+            "--seeds" => seeds = Some(number()?),
             "--from" => args.from = number()?,
-            "--ops" => args.ops = number()?,
+            "--ops" => ops = Some(number()?),
             "--threads" => args.threads = (number()? as usize).max(1),
             "--replay" => args.replay = Some(number()?),
             "--trace" => args.trace = true,
+            "--mutants" => args.mutants = true,
+            "--healthy" => args.healthy = true,
             _ => return Err(format!("unknown flag {word}\n{USAGE}")),
         }
     }
+    args.seeds = seeds.unwrap_or(if args.mutants { 1000 } else { 100 });
+    args.ops = ops.unwrap_or(if args.mutants { 1000 } else { 5000 });
     Ok(args)
+}
+
+#[cfg(not(feature = "mutants"))]
+fn look_for_mutants(_: &Args) -> ExitCode {
+    eprintln!("{NO_MUTANTS}");
+    ExitCode::from(2)
+}
+
+/// One after the other, each until it is caught.
+#[cfg(feature = "mutants")]
+fn look_for_mutants(args: &Args) -> ExitCode {
+    use proto::mutant::Mutant;
+    use std::collections::BTreeSet;
+    use tests::sim::Checker;
+    use tests::sim::mutants::{Plan, hunt, plan, run_planted, setup_for};
+
+    let named = |m: &&Mutant| args.mutant.as_ref().is_none_or(|name| format!("{m:?}").eq_ignore_ascii_case(name));
+    let chosen: Vec<Mutant> = Mutant::ALL.iter().filter(named).copied().collect();
+    if chosen.is_empty() {
+        Mutant::ALL.iter().for_each(|m| eprintln!("{:22} {:4} {}", format!("{m:?}"), m.rule(), m.about()));
+        return ExitCode::from(2);
+    }
+    if let (Some(seed), [mutant]) = (args.replay, &chosen[..]) {
+        let setup = Setup { trace: args.trace, ..setup_for(*mutant, seed, args.ops) };
+        let ran = if args.healthy { run_seed(setup).map(|_| ()) } else { run_planted(*mutant, setup) };
+        return match ran {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(failure) => {
+                println!("{failure}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let began = Instant::now();
+    println!(
+        "{:22} {:4} {:>5}  {:16} {:44} found before, by others",
+        "mutant", "rule", "seeds", "caught by", "faults added"
+    );
+    let (mut escaped, mut used) = (Vec::new(), BTreeSet::new());
+    for mutant in chosen {
+        let hunt = hunt(mutant, args.from, args.seeds, args.ops, args.threads);
+        let Plan { wants, only, often, .. } = plan(mutant);
+        let mut wants: Vec<&str> = wants.iter().map(|fault| fault.name()).collect();
+        wants.extend([only.then_some("nothing else"), often.then_some("often")].iter().flatten());
+        let others: Vec<String> = hunt.others.iter().map(|(by, n)| format!("{by:?} {n}")).collect();
+        let (seeds, by) = match hunt.caught {
+            Some((seed, by)) => ((seed - args.from + 1).to_string(), format!("{by:?}")),
+            None => ("-".to_owned(), "nobody".to_owned()),
+        };
+        used.extend(hunt.others.keys().copied().chain(hunt.caught.map(|(_, by)| by)));
+        if hunt.caught.is_none() {
+            escaped.push(mutant);
+        }
+        let unsound = match &hunt.unsound[..] {
+            [] => String::new(),
+            seeds => format!("; fails without it too: {seeds:?}"),
+        };
+        let (name, rule) = (format!("{mutant:?}"), mutant.rule());
+        println!("{name:22} {rule:4} {seeds:>5}  {by:16} {:44} {}{unsound}", wants.join(", "), others.join(", "));
+    }
+    let took = began.elapsed().as_secs_f64();
+    println!("{} mutants of {} requests a seed, in {took:.0} s; not caught: {escaped:?}", Mutant::ALL.len(), args.ops);
+    if args.mutant.is_none() {
+        let unused: Vec<&Checker> = Checker::ALL.iter().filter(|c| !used.contains(c)).collect();
+        println!("checkers that found none: {unused:?}");
+    }
+    if escaped.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// What one seed came to.
@@ -91,6 +180,9 @@ fn main() -> ExitCode {
     };
     // A seed that panics says so in its line.
     std::panic::set_hook(Box::new(|_| ()));
+    if args.mutants {
+        return look_for_mutants(&args);
+    }
     let seeds = args.replay.map_or(args.from..args.from + args.seeds, |seed| seed..seed + 1);
     let count = seeds.end - seeds.start;
     let began = Instant::now();

@@ -39,6 +39,9 @@ pub enum Fault {
     Misdirected,
     LoseFiles,
     OldImage,
+    /// What chance alone hardly ever brings together; scenarios show it, and seeds whose setup asks for it.
+    Strand,
+    Orphan,
 }
 
 impl Fault {
@@ -111,6 +114,8 @@ impl Fault {
             Self::Misdirected => "misdirected writes",
             Self::LoseFiles => "files of a replica lost",
             Self::OldImage => "old image of a replica",
+            Self::Strand => "owner cut off with one node, and taken over",
+            Self::Orphan => "take-over that reaches only nodes that have lost power",
         }
     }
 
@@ -226,10 +231,14 @@ impl World {
     }
 
     fn cut_for_a_while(&mut self, from: Party, to: Party) {
+        let wait = self.a_while();
+        self.cut_for(from, to, wait);
+    }
+
+    fn cut_for(&mut self, from: Party, to: Party, micros: u64) {
         self.log(|| format!("{from:?} does not reach {to:?} any more"));
         self.net.cut(from, to);
-        let wait = self.a_while();
-        self.after(wait, Event::Heal { from, to });
+        self.after(micros, Event::Heal { from, to });
     }
 
     fn calm_in_a_while(&mut self, party: Party) {
@@ -345,7 +354,7 @@ impl World {
                 self.calm_in_a_while(n);
             }
             Fault::ReadErrors => {
-                self.distrust_all();
+                self.distrust_all(node);
                 self.nodes[node].faults.read_errors = self.rng.pick(&[20, 1000]);
                 self.calm_in_a_while(n);
             }
@@ -367,6 +376,31 @@ impl World {
                 for i in 0..all.len() {
                     self.part(&all[i..=i], &all[i + 1..], true);
                 }
+            }
+            Fault::Strand => {
+                let gateways = (0..self.gateways.len()).map(Party::Gateway);
+                let all = self.all_members().into_iter().chain(gateways).chain([Party::Control]);
+                let others: Vec<Party> = all.filter(|party| ![n, g].contains(party)).collect();
+                let wait = self.rng.between(3, 12) * SECOND;
+                for (here, there) in others.iter().flat_map(|other| [(n, *other), (g, *other)]) {
+                    self.cut_for(here, there, wait);
+                    self.cut_for(there, here, wait);
+                }
+                self.want_on((gateway + 1) % self.gateways.len(), true);
+            }
+            Fault::Orphan => {
+                let other = (gateway + 1) % self.gateways.len();
+                let wait = self.rng.between(6, 12) * SECOND;
+                self.cut_for(n, Party::Gateway(other), wait);
+                self.cut_for(Party::Gateway(other), n, wait);
+                self.kill_gateway_for_a_while(gateway);
+                for node in (0..self.nodes.len()).filter(|at| *at != node) {
+                    self.kill_node(node, true);
+                    let process = self.nodes[node].process;
+                    let wait = self.rng.between(50 * MS, SECOND);
+                    self.after(wait, Event::NodeStarts { node, process });
+                }
+                self.want_on(other, true);
             }
             Fault::BitFlips => {
                 for _ in 0..self.rng.between(1, 12) {
@@ -447,6 +481,7 @@ impl World {
                 r.era += 1;
                 (r.watched.old, r.watched.lost_at) = (true, now);
                 self.log(|| format!("replica {replica} gets an old image"));
+                self.cache_lost(replica);
             }
         }
     }

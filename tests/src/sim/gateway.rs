@@ -16,6 +16,7 @@ use proto::id::{AttachId, Epoch, NodeId, ReplicaId, SetVersion, VolumeId};
 use proto::limits::LEASE_RENEW_MS;
 
 use super::ask::{Ask, Contact, Purpose};
+use super::checker::Checker;
 use super::net::{Packet, Party, Way};
 use super::node::{decode_header, show_reply, show_request};
 use super::world::{Event, MS, World};
@@ -277,6 +278,7 @@ impl World {
         for mirror in 0..width {
             self.history_of(volume).power_on(mirror);
         }
+        self.work.forget(true);
         self.session_step(gateway, volume, SessionInput::Recover);
     }
 
@@ -353,6 +355,7 @@ impl World {
     }
 
     fn tend_session(&mut self, gateway: usize, volume: VolumeId, now: u64) {
+        self.made_up_for(gateway, volume);
         let Some(session) = self.gateways[gateway].session_mut(volume) else { return };
         for (settled, mirror) in session.settled.iter_mut().zip(session.core.mirrors()) {
             *settled |= mirror.is_settled();
@@ -538,12 +541,12 @@ impl World {
                 self.log(|| format!("gateway {gateway}: POWER ON, mirror {mirror}"));
                 self.counters.power_ons += 1;
                 if settled {
-                    return self
-                        .fail(format!("R9: gateway {gateway} keeps what mirror {mirror} acknowledged, and lost it"));
+                    return self.fail(
+                        Checker::PowerOn,
+                        format!("R9: gateway {gateway} keeps what mirror {mirror} acknowledged, and lost it"),
+                    );
                 }
-                if !self.lossless {
-                    self.history_of(volume).power_on(mirror);
-                }
+                self.power_on_said(volume, mirror);
             }
             SessionOutput::Stop(reason) => self.stopped_session(gateway, volume, &reason),
             SessionOutput::Closed { clean } => {
@@ -552,7 +555,8 @@ impl World {
                 // A close that could not be clean ends the session as a kill does; a clean one answers everything,
                 // if not at once, should the lease have ended.
                 if open > 0 && clean && self.lease_lives(gateway, volume) {
-                    return self.fail(format!("gateway {gateway} closed with {open} requests unanswered"));
+                    return self
+                        .fail(Checker::Answered, format!("gateway {gateway} closed with {open} requests unanswered"));
                 }
                 self.gateways[gateway].closed_clean = Some(clean);
                 self.end_session(gateway, volume);
@@ -590,7 +594,7 @@ impl World {
                 owner.state = State::Refusing;
                 self.counters.refusing += 1;
                 if !self.voters_restored {
-                    self.fail(format!("R8: gateway {gateway} stops: {reason}"));
+                    self.fail(Checker::MetadataOld, format!("R8: gateway {gateway} stops: {reason}"));
                 }
             }
             StopReason::Fenced { epoch, .. } => owner.fenced = owner.fenced.max(*epoch),
@@ -613,6 +617,7 @@ impl World {
         let since = self.gateways[gateway].contact.revision;
         let request = self.new_request(since);
         let mirror_id = self.mirror_id(volume, mirror);
+        self.note_proposed(volume, mirror, &members);
         let command =
             Command::ChangeSet { volume, mirror: mirror_id, epoch, expected, members: members.clone(), awaited };
         let purpose = Purpose::Propose { volume, epoch, mirror, expected, members };
@@ -649,7 +654,7 @@ impl World {
                         owner.state = State::Refusing;
                         self.counters.refusing += 1;
                         if !self.voters_restored {
-                            self.fail(format!("R8: gateway {gateway} finds the metadata old"));
+                            self.fail(Checker::MetadataOld, format!("R8: gateway {gateway} finds the metadata old"));
                         }
                     }
                     Ok(ControlReply::Opened(opened)) => {
@@ -681,7 +686,7 @@ impl World {
                         let purpose = Purpose::Decided { volume, epoch, mirror, expected, members };
                         self.ask(Party::Gateway(gateway), purpose, ControlRequest::Status);
                     }
-                    None => self.fail(format!("a proposed set is refused: {answer:?}")),
+                    None => self.fail(Checker::SetVersions, format!("a proposed set is refused: {answer:?}")),
                 }
             }
             Purpose::Decided { volume, epoch, mirror, expected, members } => {
@@ -767,10 +772,11 @@ impl World {
         let session = self.gateways[gateway].session_mut(volume).expect("a session replies");
         let epoch = session.epoch;
         let Some(client) = session.ops.remove(&id) else {
-            return self.fail(format!("gateway {gateway} answers request {id}, which is not open"));
+            return self.fail(Checker::Answered, format!("gateway {gateway} answers request {id}, which is not open"));
         };
         if !self.lease_lives(gateway, volume) {
-            return self.fail(format!("R3: gateway {gateway} answers request {id} without a lease"));
+            return self
+                .fail(Checker::ReplyUnderLease, format!("R3: gateway {gateway} answers request {id} without a lease"));
         }
         self.answered_by(volume, epoch, client, ended);
     }

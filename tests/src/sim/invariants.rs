@@ -2,16 +2,16 @@
 //!
 //! | rule | checked |
 //! |---|---|
-//! | R1 | epochs rise (`voter`), none is given out twice (`volume`), an attach is answered when nothing older is with the disk |
+//! | R1 | epochs rise (`voter`), none is given out twice (`volume`); an attach is answered when nothing older is with the disk and its epoch is on it, and nothing is done under an older one after that |
 //! | R2 | what is acknowledged is on every member of the committed set; sets change a version at a time, none is empty |
 //! | R3 | no reply without a lease (`gateway`), no older lease lives when a newer session counts on its end (`volume`) |
 //! | R4 | by the history: two overlapping requests that mix are no register |
 //! | R5 | nothing changes a region on a disk while its dirty bit is not durable there |
 //! | R6 | where two replicas may differ, the region is dirty on one of them |
-//! | R7 | by the history, whoever is read; and all replicas are equal at the end |
+//! | R7 | who enters a set has what was acknowledged, durably if it was flushed; by the history, whoever is read; and all replicas are equal at the end |
 //! | R8 | an old image of the voters stops the volume, nothing else does (`gateway`) |
-//! | R9 | by the history; and what a flush covered is on the medium of every member |
-//! | R10 | nothing is read that nobody wrote; a medium error only where a disk had damaged something |
+//! | R9 | by the history; what a flush covered, and what the last member has, is on the medium; a POWER ON excuses a loss only when everybody who counts has lost a cache (`volume`) |
+//! | R10 | nothing is read that nobody wrote; a medium error only where the disks of all who can be read had damaged something; no allocation on a medium without its data |
 //! | R11 | bounds of requests, copies, logs, connections |
 //! | R12 | by the history, and by what waits once everything has healed (`run`) |
 
@@ -19,9 +19,11 @@ use std::ops::Range;
 
 use node::replica::FileKind;
 use node::replica::layout::{BITMAP_BITS, Layout, MAP_BLOCKS, PageKind, decode_bitmap, decode_map};
+use node::replica::superblock::Superblock;
 use proto::id::{AttachId, Epoch, ReplicaId, VolumeId};
 use proto::limits::{MAX_ATTACH_IN_FLIGHT, REGION_BLOCKS};
 
+use super::checker::Checker;
 use super::disk::{Content, PAGE};
 use super::net::Party;
 use super::node::Replica;
@@ -33,6 +35,9 @@ const SWEEP_EVERY: u64 = 4_000;
 const MAX_CONNS: usize = 256;
 /// Messages of the control plane under way at once (R11).
 const MAX_MESSAGES: usize = 20_000;
+
+/// Entries of a log that have been applied and are still there (R11): see `voter` for when it is cut.
+const MAX_APPLIED: u64 = 200;
 
 /// What the checks remember of a replica.
 #[derive(Clone, Debug)]
@@ -46,12 +51,28 @@ pub struct Watched {
     pub old: bool,
     /// When its cache was last lost, as a moment of the run.
     pub lost_at: u64,
+    /// Its cache was lost, and nothing has made up for that since: see `World::cache_lost`.
+    pub lacks: bool,
+    /// The newest attach under which it said that something was done.
+    attach: AttachId,
+    /// Pages of its map as they were on the medium when they were last looked at, and what they had allocated.
+    maps: Vec<(Content, Vec<bool>)>,
 }
 
 impl Watched {
     pub fn new(layout: &Layout) -> Self {
         let dirty = vec![true; layout.regions as usize];
-        Self { page: None, dirty, dirty_page: layout.dirty(0) / PAGE, old: false, lost_at: 0 }
+        let maps = vec![(None, vec![false; MAP_BLOCKS as usize]); layout.map_pages as usize];
+        Self {
+            page: None,
+            dirty,
+            dirty_page: layout.dirty(0) / PAGE,
+            old: false,
+            lost_at: 0,
+            lacks: false,
+            attach: AttachId::default(),
+            maps,
+        }
     }
 }
 
@@ -160,9 +181,12 @@ impl World {
         self.disk_moved(replica);
         for region in pages.start / REGION_BLOCKS..pages.end.div_ceil(REGION_BLOCKS) {
             if !self.replicas[replica].watched.dirty[region as usize] {
-                return self.fail(format!(
-                    "R5: pages {pages:?} of replica {replica} changed while region {region} was clean on its disk"
-                ));
+                return self.fail(
+                    Checker::DirtyFirst,
+                    format!(
+                        "R5: pages {pages:?} of replica {replica} changed while region {region} was clean on its disk"
+                    ),
+                );
             }
         }
     }
@@ -170,7 +194,114 @@ impl World {
     /// R1: when an attach is answered, nothing of an older one is with the disk.
     pub(super) fn check_drained(&mut self, replica: usize, attach: AttachId) {
         if self.replicas[replica].disk.writes_in_flight() {
-            self.fail(format!("R1: replica {replica} answers attach {attach} with older writes in flight on its disk"));
+            self.fail(
+                Checker::Drained,
+                format!("R1: replica {replica} answers attach {attach} with older writes in flight on its disk"),
+            );
+        }
+    }
+
+    /// R1: when an attach is answered its epoch is on the medium, in both copies of the superblock.
+    pub(super) fn check_epoch_stored(&mut self, replica: usize, attach: AttachId) {
+        let r = &self.replicas[replica];
+        let stored = |copy: u8| {
+            let page = r.disk.meta.durable(r.layout.superblock(copy) / PAGE).as_ref();
+            page.and_then(|page| Superblock::decode(page).ok()).map(|superblock| superblock.epoch)
+        };
+        let stored = [stored(0), stored(1)];
+        if stored.iter().any(|epoch| epoch.is_none_or(|epoch| epoch < attach.epoch)) {
+            let what = format!("R1: replica {replica} answers attach {attach}, its disk says {stored:?}");
+            self.fail(Checker::Fenced, what);
+        }
+    }
+
+    /// R1: nothing is done under an attach that is older than one that was answered.
+    pub(super) fn check_fenced(&mut self, replica: usize, attach: AttachId) {
+        let newest = self.replicas[replica].watched.attach;
+        if attach < newest {
+            return self.fail(
+                Checker::Fenced,
+                format!("R1: replica {replica} does what attach {attach} asks for, after {newest} was answered"),
+            );
+        }
+        self.replicas[replica].watched.attach = attach;
+    }
+
+    /// R10: an allocation reaches the medium after its data: there is none without.
+    pub(super) fn check_allocated(&mut self, replica: usize) {
+        let r = &mut self.replicas[replica];
+        let mut ahead = None;
+        for index in 0..r.layout.map_pages {
+            let page = r.disk.meta.durable(r.layout.map(index) / PAGE);
+            let (known, allocated) = &mut r.watched.maps[index as usize];
+            let same = match (&page, &known) {
+                (Some(a), Some(b)) => a.as_ptr() == b.as_ptr(),
+                (None, None) => true,
+                _ => false,
+            };
+            if same {
+                continue;
+            }
+            known.clone_from(page);
+            // A torn page says nothing.
+            let Some(map) = page.as_ref().and_then(|page| decode_map(page, index, r.id)) else { continue };
+            for (at, was) in allocated.iter_mut().enumerate() {
+                let is = map.is_allocated(at) && !map.is_unverified(at);
+                let block = index * MAP_BLOCKS + at as u64;
+                if is && !*was && r.disk.data.durable(block).is_none() {
+                    ahead.get_or_insert(block);
+                }
+                *was = is;
+            }
+        }
+        let Some(block) = ahead else { return };
+        let volume = self.replicas[replica].volume;
+        let rot = self.volumes.iter().any(|v| v.id == volume && v.is_doubted(replica, block));
+        if !rot {
+            let what = format!("R10: block {block} of replica {replica} is allocated on its disk, where nothing is");
+            self.fail(Checker::Allocated, what);
+        }
+    }
+
+    /// The attaches under which these are to be members.
+    pub(super) fn note_proposed(&mut self, volume: VolumeId, mirror: usize, members: &[ReplicaId]) {
+        let attach = |id: &ReplicaId| {
+            let core = self.replicas[*self.replica_at.get(id)?].core.as_ref()?;
+            Some((*id, core.current_attach()?))
+        };
+        let attaches = members.iter().filter_map(attach).collect();
+        self.proposed.insert((volume, mirror), attaches);
+    }
+
+    /// R7: who enters the set has what was acknowledged, and on the medium what was flushed.
+    pub(super) fn check_entered(&mut self, volume: VolumeId, mirror: usize, id: ReplicaId) {
+        let proposed = self.proposed.get(&(volume, mirror)).and_then(|all| all.iter().find(|(r, _)| *r == id));
+        let Some(replica) = self.replica_at.get(&id).copied() else { return };
+        let attach = self.replicas[replica].core.as_ref().and_then(node::replica::ReplicaCore::current_attach);
+        // One that was lost meanwhile is a member that has lost something, and leaves.
+        if attach.is_none() || attach != proposed.map(|(_, attach)| *attach) {
+            return;
+        }
+        self.replicas[replica].watched.lacks = false;
+        for (covered, durable) in self.work.acknowledged(volume) {
+            let known = self.volume(volume);
+            let (at_mirror, at) = known.place(covered.block);
+            if at_mirror != mirror {
+                continue;
+            }
+            let doubted = known.is_doubted(replica, at) || known.history.is_given_up(covered.block);
+            let disk = &self.replicas[replica].disk.data;
+            let page = if durable { disk.durable(at) } else { disk.cached(at) };
+            if !doubted && page.as_ref() != Some(&covered.data) {
+                let kept = if durable { "flushed" } else { "acknowledged" };
+                return self.fail(
+                    Checker::Entered,
+                    format!(
+                        "R7: replica {replica} enters the set without block {at} of {kept} write {}",
+                        covered.number
+                    ),
+                );
+            }
         }
     }
 
@@ -202,7 +333,10 @@ impl World {
                 continue;
             }
             let (mirror, at) = self.volume(volume).place(block + i as u64);
-            for replica in self.members_of(volume, mirror) {
+            let members = self.members_of(volume, mirror);
+            // The last member has nobody who would make up for its cache.
+            let durable = durable || members.len() == 1;
+            for replica in members {
                 let r = &self.replicas[replica];
                 let known = self.volume(volume);
                 let bad = known.suspect[block as usize + i] && durable_block(r, at) == Err(Unreadable::Block);
@@ -211,11 +345,17 @@ impl World {
                 }
                 let page = if durable { r.disk.data.durable(at) } else { r.disk.data.cached(at) };
                 if page.as_ref().is_none_or(|bytes| bytes[..] != *expected) {
-                    let rule = if durable { "R9: the durable write" } else { "R2: write" };
-                    return self.fail(format!(
-                        "{rule} {number} was acknowledged while replica {replica}, of the committed set of mirror \
+                    let (checker, rule) = match durable {
+                        true => (Checker::Durable, "R9: the durable write"),
+                        false => (Checker::Acknowledged, "R2: write"),
+                    };
+                    return self.fail(
+                        checker,
+                        format!(
+                            "{rule} {number} was acknowledged while replica {replica}, of the committed set of mirror \
                          {mirror}, has not block {at}"
-                    ));
+                        ),
+                    );
                 }
             }
         }
@@ -250,12 +390,25 @@ impl World {
         for gateway in 0..self.gateways.len() {
             let sent = self.gateways[gateway].most_sent();
             if sent > limit {
-                self.fail(format!("R11: a mirror of gateway {gateway} has {sent} requests out, at most {limit}"));
+                self.fail(
+                    Checker::Bounds,
+                    format!("R11: a mirror of gateway {gateway} has {sent} requests out, at most {limit}"),
+                );
+            }
+        }
+        for (i, member) in self.members.iter().enumerate() {
+            let kept = member.core.as_ref().map_or(0, |c| c.machine().applied() - c.raft().log().before().0);
+            if kept > MAX_APPLIED {
+                let what = format!("R11: member {i} keeps {kept} entries that it has applied");
+                return self.fail(Checker::Bounds, what);
             }
         }
         let (conns, messages) = (self.net.open(), self.messages.len() + self.asks.len() + self.answers.len());
         if conns > MAX_CONNS || messages > MAX_MESSAGES {
-            self.fail(format!("R11: {conns} connections and {messages} messages of the control plane"));
+            self.fail(
+                Checker::Bounds,
+                format!("R11: {conns} connections and {messages} messages of the control plane"),
+            );
         }
     }
 
@@ -291,11 +444,14 @@ impl World {
             {
                 continue;
             }
-            self.fail(format!(
-                "R6: block {block} of mirror {mirror} differs between replicas {} and {}, and region {region} is \
+            self.fail(
+                Checker::CleanMeansEqual,
+                format!(
+                    "R6: block {block} of mirror {mirror} differs between replicas {} and {}, and region {region} is \
                  clean on both",
-                pair[0], pair[1]
-            ));
+                    pair[0], pair[1]
+                ),
+            );
             return;
         }
     }
@@ -309,13 +465,17 @@ impl World {
         for (replicas, blocks) in mirrors {
             for r in &replicas {
                 if let Some(region) = self.replicas[*r].watched.dirty.iter().position(|d| *d) {
-                    return self.fail(format!("region {region} is still dirty on replica {r} after everything"));
+                    return self.fail(
+                        Checker::DirtyLeft,
+                        format!("region {region} is still dirty on replica {r} after everything"),
+                    );
                 }
             }
             for block in 0..blocks {
                 let all: Vec<_> = replicas.iter().map(|r| durable_block(&self.replicas[*r], block)).collect();
                 if all.iter().any(|b| b.is_err() || *b != all[0]) {
-                    return self.fail(format!("block {block} is not the same everywhere after healing"));
+                    return self
+                        .fail(Checker::Equal, format!("block {block} is not the same everywhere after healing"));
                 }
             }
         }

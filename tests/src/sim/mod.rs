@@ -8,15 +8,19 @@
 //! - `voter`, `node`, `gateway`, `ask`: stand-ins for the drivers;
 //! - `operator`: orders to the cluster; `work`: initiators; `faults`: what goes wrong and when;
 //! - `volume`, `history`: is what initiators were told what one disk could have told them;
-//! - `invariants`: the rules of DESIGN §5, and where each is checked;
+//! - `invariants`: the rules of DESIGN §5, and where each is checked; `checker`: what found that something is wrong;
+//!   `mutants`: does it find faults that are planted;
 //! - `run`: one seed, or one scenario, from beginning to end; `script`: what scenarios do by name.
 
 mod ask;
+mod checker;
 mod disk;
 mod faults;
 mod gateway;
 pub mod history;
 mod invariants;
+#[cfg(feature = "mutants")]
+pub mod mutants;
 mod net;
 mod node;
 mod operator;
@@ -28,6 +32,7 @@ mod voter;
 mod work;
 mod world;
 
+pub use checker::Checker;
 pub use disk::DiskFaults;
 pub use faults::Fault;
 pub use net::Party;

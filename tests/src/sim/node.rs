@@ -20,6 +20,7 @@ use proto::frame::{Code, CopyTarget, HEADER_LEN, Header, Kind, PeerRole, Reply, 
 use proto::id::{AttachId, Incarnation, MirrorId, NodeId, ReplicaId, VolumeId};
 use proto::limits::BLOCK_SIZE;
 
+use super::checker::Checker;
 use super::disk::{Changed, Disk, DiskFaults};
 use super::invariants::Watched;
 use super::net::{Packet, Party, Way};
@@ -221,6 +222,8 @@ impl World {
         r.disk.lose_cache(&mut self.rng);
         r.watched.lost_at = now;
         self.disk_moved(replica);
+        self.check_allocated(replica);
+        self.cache_lost(replica);
     }
 
     // ---- the agent ------------------------------------------------------------------------------------------
@@ -330,7 +333,7 @@ impl World {
         let r = &mut self.replicas[replica];
         if r.gone {
             if !created || confirmed {
-                self.fail(format!("replica {replica} is made again, though its volume is deleted"));
+                self.fail(Checker::Files, format!("replica {replica} is made again, though its volume is deleted"));
             }
             return;
         }
@@ -383,6 +386,7 @@ impl World {
         r.disk = Disk::new(r.layout.data_len(), r.layout.meta_len());
         r.watched = Watched::new(&r.layout);
         r.watched.lost_at = now;
+        self.cache_lost(replica);
     }
 
     fn open_core(&mut self, replica: usize, create: Option<Create>) {
@@ -450,6 +454,7 @@ impl World {
         if syncs {
             self.disk_moved(replica);
             self.disk_betrays(replica);
+            self.check_allocated(replica);
         }
         self.replica_step(replica, Input::DiskDone { op, result });
     }
@@ -470,15 +475,19 @@ impl World {
                     self.log(|| {
                         format!("  replica {replica} -> conn {} {attach} #{tag} {}", conn.0, show_reply(&reply))
                     });
+                    if !matches!(reply, Reply::Failed { .. }) {
+                        self.check_fenced(replica, attach);
+                    }
                     if let Reply::Attached(_) = &reply {
                         self.check_drained(replica, attach);
+                        self.check_epoch_stored(replica, attach);
                     }
                     self.answer_frame(conn.0, channel, tag, attach, &reply);
                 }
                 Output::Disk { op, io } => self.begin_disk(replica, op, io),
                 Output::SendCopy { to, token, request } => self.begin_copy(replica, &to, token, request),
                 Output::CloseConnection { conn, reason } => {
-                    self.fail(format!("R11: node {node} closes connection {}: {reason}", conn.0));
+                    self.fail(Checker::Bounds, format!("R11: node {node} closes connection {}: {reason}", conn.0));
                 }
                 Output::Opened(report) => {
                     self.replicas[replica].is_open = true;
@@ -495,7 +504,7 @@ impl World {
                     match self.replicas[replica].unmade {
                         Some(create) if is_unmade(&error) => return self.make_files(replica, create),
                         _ if is_unmade(&error) || matches!(error, OpenError::Disk { .. }) => {}
-                        _ => self.fail(format!("replica {replica} can't be opened: {error}")),
+                        _ => self.fail(Checker::Files, format!("replica {replica} can't be opened: {error}")),
                     }
                     return;
                 }
@@ -505,6 +514,7 @@ impl World {
                     r.era += 1;
                     let boot = r.boot;
                     self.lose_trust();
+                    self.cache_lost(replica);
                     self.after(REOPEN, Event::ReplicaOpens { replica, boot });
                 }
                 Output::Notice(notice) => self.log(|| format!("  replica {replica} {notice:?}")),
@@ -650,7 +660,7 @@ impl World {
         });
         let n = &mut self.nodes[node];
         if n.copies.len() > MAX_COPIES {
-            return self.fail(format!("R11: node {node} has more than {MAX_COPIES} copies out"));
+            return self.fail(Checker::Bounds, format!("R11: node {node} has more than {MAX_COPIES} copies out"));
         }
         n.next_copy += 1;
         let tag = n.next_copy;

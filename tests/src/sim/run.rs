@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use client::mirror::Standing;
 use proto::cluster::VolumeState;
 
+use super::checker::Checker;
 use super::world::{Counters, SECOND, Setup, World};
 
 /// Faults end after this, whether the work is done or not.
@@ -36,13 +37,14 @@ pub struct Outcome {
 #[derive(Clone, Debug)]
 pub struct Failure {
     pub seed: u64,
+    pub checker: Checker,
     pub what: String,
     pub status: String,
 }
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "seed {}: {}\n{}", self.seed, self.what, self.status)
+        write!(f, "seed {}: {:?}: {}\n{}", self.seed, self.checker, self.what, self.status)
     }
 }
 
@@ -53,7 +55,7 @@ impl std::fmt::Display for Failure {
 pub fn run_seed(setup: Setup) -> Result<Outcome, Box<Failure>> {
     run_scenario(setup, |world| {
         if !world.setup.faults_at_once && !world.run_until(READY_WITHIN, |w| w.is_ready()) {
-            return world.fail("no volume is ready though everything is well".to_owned());
+            return world.fail(Checker::Waits, "no volume is ready though everything is well".to_owned());
         }
         world.start_faults();
         world.run_until(FAULTS_FOR, |w| w.spent());
@@ -88,10 +90,10 @@ pub fn run_story(setup: Setup, story: impl FnOnce(&mut World)) -> Result<Outcome
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
         let what = format!("panicked: {}", text.unwrap_or_default());
-        Box::new(Failure { seed, what, status: String::new() })
+        Box::new(Failure { seed, checker: Checker::Assertion, what, status: String::new() })
     })?;
-    if let Some(what) = world.failure() {
-        return Err(Box::new(Failure { seed, what: what.to_owned(), status: world.show_status() }));
+    if let Some((checker, what)) = world.failure() {
+        return Err(Box::new(Failure { seed, checker: *checker, what: what.clone(), status: world.show_status() }));
     }
     Ok(Outcome { digest: world.digest(), seconds: world.seconds(), counters: world.counters.clone() })
 }
@@ -105,7 +107,7 @@ impl World {
         self.heal();
         self.work.paused = true;
         if !self.run_until(RECREATED_WITHIN, |w| w.is_ready() && w.is_recreated()) {
-            return self.fail("no volume is ready though everything has healed".to_owned());
+            return self.fail(Checker::Waits, "no volume is ready though everything has healed".to_owned());
         }
         let well = |w: &mut World| w.idle() && w.is_serving() && w.blocked_on().is_empty();
         for _ in 0..OPERATOR_CALLS {
@@ -118,17 +120,23 @@ impl World {
             }
         }
         if !self.run_until(ANSWERED_WITHIN, |w| w.idle() && w.is_serving()) {
-            return self.fail("requests wait though everything is well".to_owned());
+            return self.fail(Checker::Waits, "requests wait though everything is well".to_owned());
         }
         self.work.paused = false;
         self.allow(60);
         if !self.run_until(ANSWERED_WITHIN, |w| w.spent() && w.idle()) {
-            return self.fail("new requests wait though everything is well".to_owned());
+            return self.fail(Checker::Waits, "new requests wait though everything is well".to_owned());
         }
         self.work.paused = true;
         self.write_damaged_again();
         if !self.run_until(EQUAL_WITHIN, World::is_in_order) {
-            return self.fail("the mirror does not become equal and clean though everything is well".to_owned());
+            let all_in = self
+                .truth
+                .living()
+                .is_some_and(|v| v.mirrors.iter().all(|m| m.in_sync.members.len() == m.replicas.len()));
+            let checker = if all_in { Checker::DirtyLeft } else { Checker::Waits };
+            return self
+                .fail(checker, "the mirror does not become equal and clean though everything is well".to_owned());
         }
         self.check_equal();
         self.read_everything();
@@ -141,12 +149,12 @@ impl World {
         if self.failure().is_some() {
             return;
         }
-        let wrong = self.volumes.iter().enumerate().find_map(|(i, v)| v.check_history().err().map(|why| (i, why)));
+        let wrong = self.volumes.iter().enumerate().find_map(|(i, v)| v.check_history().err().map(|wrong| (i, wrong)));
         self.counters.given_up = self.volumes.iter().map(|v| v.history.given_up() as u64).sum();
         self.counters.terms =
             self.members.iter().filter_map(|m| m.core.as_ref()).map(|c| c.raft().term()).max().unwrap_or(0);
-        if let Some((volume, why)) = wrong {
-            self.fail(format!("history of volume {volume}: {why}"));
+        if let Some((volume, wrong)) = wrong {
+            self.fail(wrong.checker, format!("history of volume {volume}: {}", wrong.why));
         }
     }
 
@@ -160,12 +168,12 @@ impl World {
         for block in self.damaged_blocks() {
             // A gateway that asked for the session before everything healed may get it only now.
             if !self.run_until(10 * SECOND, |w| w.is_serving()) {
-                return self.fail("the volume is not served though everything is well".to_owned());
+                return self.fail(Checker::Waits, "the volume is not served though everything is well".to_owned());
             }
             let Some(owner) = self.owner() else { return };
             self.write(0, owner, block, 1, false);
             if !self.run_until(10 * SECOND, |w| w.idle()) {
-                return self.fail(format!("the write of block {block} waits"));
+                return self.fail(Checker::Waits, format!("the write of block {block} waits"));
             }
         }
     }
@@ -218,7 +226,7 @@ impl World {
             let count = 64.min(blocks - block);
             self.read(0, owner, block, count);
             if !self.run_until(10 * SECOND, |w| w.idle()) {
-                return self.fail(format!("the read of block {block} waits"));
+                return self.fail(Checker::Waits, format!("the read of block {block} waits"));
             }
             block += count;
         }
@@ -230,10 +238,10 @@ impl World {
         self.gateways[owner].closed_clean = None;
         self.want_nowhere();
         if !self.run_until(20 * SECOND, |w| !w.gateways[owner].has_sessions()) {
-            return self.fail("the session does not close".to_owned());
+            return self.fail(Checker::Waits, "the session does not close".to_owned());
         }
         if self.gateways[owner].closed_clean != Some(true) {
-            self.fail("a close with every replica in sync left dirty regions".to_owned());
+            self.fail(Checker::DirtyLeft, "a close with every replica in sync left dirty regions".to_owned());
         }
         self.run_for(SECOND);
     }

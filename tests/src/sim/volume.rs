@@ -3,12 +3,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use client::mirror::Standing;
 use client::volume::Stripe;
+use node::replica::ReplicaCore;
 use proto::cluster::{VolumeInfo, VolumeState};
 use proto::id::{Epoch, MirrorId, RegionIndex, ReplicaId, VolumeId};
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 
-use super::history::{BLOCK_SECTORS, History};
+use super::checker::Checker;
+use super::history::{BLOCK_SECTORS, History, Wrong};
 use super::net::Party;
 use super::world::World;
 
@@ -40,11 +43,17 @@ pub struct Volume {
     pub history: History,
     /// Blocks that a disk may have been unable to keep: a medium error is believed there.
     pub suspect: Vec<bool>,
+    /// Blocks (replica, mirror block) that a disk may have been unable to keep, and replicas that it may have been unable
+    /// to read.
+    doubted: BTreeSet<(usize, u64)>,
+    unreadable: BTreeSet<usize>,
     /// Blocks (replica, mirror block) that a disk has silently spoiled and that were not written since.
     pub rot: BTreeSet<(usize, u64)>,
     leases: Leases,
     /// By block: the moment at which a request that writes it ended last.
     pub ended_at: Vec<u64>,
+    /// By mirror: its POWER ON was told while a replica that counts had everything, and it has not settled since.
+    told_early: Vec<bool>,
     /// It is being deleted, or gone.
     pub deleted: bool,
 }
@@ -68,6 +77,9 @@ impl Volume {
             history: History::new(number as u64),
             suspect: vec![false; blocks as usize],
             ended_at: vec![0; blocks as usize],
+            told_early: vec![false; info.mirrors.len()],
+            doubted: BTreeSet::new(),
+            unreadable: BTreeSet::new(),
             rot: BTreeSet::new(),
             leases: Leases { until: BTreeMap::new(), alone_from: BTreeMap::new() },
             deleted: false,
@@ -86,7 +98,12 @@ impl Volume {
         (at < self.blocks).then_some(at)
     }
 
-    pub fn check_history(&self) -> Result<(), String> {
+    /// Whether a replica's disk may have been unable to keep a block, or to read it.
+    pub fn is_doubted(&self, replica: usize, block: u64) -> bool {
+        self.unreadable.contains(&replica) || self.doubted.contains(&(replica, block))
+    }
+
+    pub fn check_history(&self) -> Result<(), Wrong> {
         self.history.check(self.blocks * BLOCK_SECTORS, |sector| self.place(sector / BLOCK_SECTORS).0)
     }
 }
@@ -143,17 +160,31 @@ impl World {
         let (volume, mirror) = (self.replicas[replica].volume, self.replicas[replica].mirror);
         let Some(volume) = self.volumes.iter_mut().find(|v| v.id == volume) else { return };
         for block in blocks {
+            volume.doubted.insert((replica, block));
             if let Some(block) = volume.block_of(mirror, block) {
                 volume.suspect[block as usize] = true;
             }
         }
     }
 
-    /// Disks failed reads: any block may have been unreadable everywhere for a while.
-    pub(super) fn distrust_all(&mut self) {
+    /// A node's disks fail reads: any block may have been unreadable there for a while.
+    pub(super) fn distrust_all(&mut self, node: usize) {
+        let here = self.replicas_of(node);
         if let Some(volume) = self.volumes.last_mut() {
             volume.suspect.fill(true);
+            volume.unreadable.extend(here.into_iter().filter(|r| self.replicas[*r].volume == volume.id));
         }
+    }
+
+    /// Whether every member that a session can read may have been unable to keep, or to read, a block of the volume.
+    pub(super) fn may_be_bad(&self, gateway: usize, volume: VolumeId, block: u64) -> bool {
+        let known = self.volume(volume);
+        let (mirror, at) = known.place(block);
+        let Some(session) = self.gateways[gateway].session(volume) else { return true };
+        let status = session.core.mirrors()[mirror].status();
+        let mut read = status.replicas.iter().filter(|r| r.standing == Standing::InSync);
+        let doubted = |id: &ReplicaId| self.replica_at.get(id).is_some_and(|r| known.is_doubted(*r, at));
+        known.suspect[block as usize] && read.all(|r| doubted(&r.replica))
     }
 
     pub(super) fn damaged_blocks(&self) -> Vec<u64> {
@@ -175,7 +206,69 @@ impl World {
             .map(|(mirror, _)| mirror)
             .collect();
         for mirror in unsettled {
-            self.history_of(id).power_on(mirror);
+            self.excuse(id, mirror);
+        }
+    }
+
+    /// Whether every replica that counts for a mirror, or is waited for, has lost its cache and nothing has made up for it.
+    fn all_lack(&self, volume: VolumeId, mirror: usize) -> bool {
+        let Some(info) = self.truth.volumes.get(&volume).and_then(|v| v.mirrors.get(mirror)) else { return true };
+        let counts = info.in_sync.members.iter().chain(&info.in_sync.awaited);
+        counts.filter_map(|id| self.replica_at.get(id)).all(|r| self.replicas[*r].watched.lacks)
+    }
+
+    /// What was not flushed may be lost.
+    fn excuse(&mut self, volume: VolumeId, mirror: usize) {
+        self.history_of(volume).power_on(mirror);
+        self.work.forget(false);
+    }
+
+    /// A session says that every cache of a mirror was lost. It excuses what is lost if that is true, or as soon as it
+    /// is: until then the blocks wait for who has them (R8).
+    pub(super) fn power_on_said(&mut self, volume: VolumeId, mirror: usize) {
+        if self.lossless {
+            return;
+        }
+        if self.all_lack(volume, mirror) {
+            self.excuse(volume, mirror);
+        } else {
+            self.volume_mut(volume).told_early[mirror] = true;
+        }
+    }
+
+    /// A replica may have lost what was not flushed.
+    pub(super) fn cache_lost(&mut self, replica: usize) {
+        self.replicas[replica].watched.lacks = true;
+        let (volume, mirror) = (self.replicas[replica].volume, self.replicas[replica].mirror);
+        let early = self.volumes.iter().any(|v| v.id == volume && v.told_early[mirror]);
+        if early && self.all_lack(volume, mirror) {
+            self.excuse(volume, mirror);
+        }
+    }
+
+    /// Where a session has settled a mirror its members have all that there is, whatever they had lost before.
+    pub(super) fn made_up_for(&mut self, gateway: usize, volume: VolumeId) {
+        let lacking = self.replicas.iter().any(|r| r.volume == volume && r.watched.lacks);
+        if !lacking && !self.volume(volume).told_early.contains(&true) {
+            return;
+        }
+        let Some(session) = self.gateways[gateway].session(volume) else { return };
+        let mut whole = Vec::new();
+        for (i, mirror) in session.core.mirrors().iter().enumerate().filter(|(_, m)| m.is_settled()) {
+            let status = mirror.status();
+            let members = status.replicas.iter().filter(|r| r.standing == Standing::InSync);
+            whole.extend(members.filter_map(|r| self.replica_at.get(&r.replica).map(|at| (i, *at))));
+        }
+        // One that has lost its cache since is not attached any more.
+        let epoch = session.epoch;
+        let attached = |r: &usize| {
+            let core = self.replicas[*r].core.as_ref();
+            core.and_then(ReplicaCore::current_attach).is_some_and(|a| a.epoch == epoch)
+        };
+        whole.retain(|(_, r)| attached(r));
+        for (mirror, replica) in whole {
+            self.replicas[replica].watched.lacks = false;
+            self.volume_mut(volume).told_early[mirror] = false;
         }
     }
 
@@ -221,7 +314,7 @@ impl World {
         let alone = if old_lease_until == 0 { self.now } else { self.true_time(gateway, old_lease_until) };
         let leases = &mut self.volume_mut(volume).leases;
         if leases.alone_from.insert(epoch, alone).is_some() && !self.voters_restored {
-            return self.fail(format!("R1: epoch {epoch} was given out twice"));
+            return self.fail(Checker::Epochs, format!("R1: epoch {epoch} was given out twice"));
         }
         self.check_leases(volume);
     }
@@ -253,7 +346,7 @@ impl World {
             }
         }
         if let Some(what) = wrong.filter(|_| !self.voters_restored) {
-            self.fail(what);
+            self.fail(Checker::Leases, what);
         }
     }
 }

@@ -9,11 +9,12 @@ use node::control::daemon::voters;
 use node::raft::core::{CoreConfig, Persist, RaftCore};
 use node::raft::log_store::{LogStore, MemoryStore};
 use proto::cluster::{ClusterDefinition, Member as MemberInfo, Refusal, Role, VolumeInfo, VolumeState};
-use proto::id::{NodeId, VolumeId};
+use proto::id::{NodeId, ReplicaId, VolumeId};
 use proto::limits::MAX_REPLICAS;
 use raft::eraftpb::MessageType;
 use raft::prelude::Message;
 
+use super::checker::Checker;
 use super::net::Party;
 use super::node::data_addr;
 use super::world::{Event, MS, Setup, World, cluster_id};
@@ -211,7 +212,7 @@ impl World {
         let before = core.machine().applied();
         let mut out = Vec::new();
         if let Err(error) = core.step(now, input, &mut out) {
-            return self.fail(format!("member {member} must stop: {error}"));
+            return self.fail(Checker::Raft, format!("member {member} must stop: {error}"));
         }
         if core.machine().applied() != before {
             self.applied(member);
@@ -232,7 +233,7 @@ impl World {
                 }
                 // Whoever has lost acknowledged entries is told so by others' refusals; nobody else is.
                 Output::BadMessage(bad) if self.voters_restored => self.log(|| format!("member {member}: {bad}")),
-                Output::BadMessage(bad) => self.fail(format!("member {member}: {bad}")),
+                Output::BadMessage(bad) => self.fail(Checker::Raft, format!("member {member}: {bad}")),
             }
         }
     }
@@ -241,7 +242,7 @@ impl World {
         match self.members[member].askers.remove(&ticket) {
             Some(Asker::Ask { ask, attempt }) => self.send_answer(member, ask, attempt, answer),
             Some(Asker::Agent) => self.agent_answered(member, ticket, answer),
-            None => self.fail(format!("member {member} answers ticket {ticket} twice")),
+            None => self.fail(Checker::Answered, format!("member {member} answers ticket {ticket} twice")),
         }
     }
 
@@ -251,7 +252,7 @@ impl World {
     fn write_log(&mut self, member: usize) {
         let waiting = self.members[member].writing.len();
         if waiting > MAX_PERSISTS {
-            return self.fail(format!("R11: {waiting} writes wait for the log of member {member}"));
+            return self.fail(Checker::Bounds, format!("R11: {waiting} writes wait for the log of member {member}"));
         }
         if self.members[member].group == 0 && waiting > 0 {
             self.members[member].group = waiting;
@@ -329,7 +330,8 @@ impl World {
             let hash = machine.hash();
             let known = *self.hashes.entry(applied).or_insert(hash);
             if known != hash {
-                return self.fail(format!("member {member} differs from another at index {applied}"));
+                return self
+                    .fail(Checker::MembersAgree, format!("member {member} differs from another at index {applied}"));
             }
         }
         if applied <= self.truth.applied {
@@ -343,11 +345,14 @@ impl World {
         };
         let before = std::mem::replace(&mut self.truth, truth);
         if !self.voters_restored
-            && let Err(what) = check_progress(&before, &self.truth)
+            && let Err((checker, what)) = check_progress(&before, &self.truth)
         {
-            return self.fail(what);
+            return self.fail(checker, what);
         }
         self.volumes_changed();
+        for (volume, mirror, replica) in entered(&before, &self.truth) {
+            self.check_entered(volume, mirror, replica);
+        }
     }
 
     /// When all has been healed: every member has the same, and not only where it happens to have been compared.
@@ -357,33 +362,57 @@ impl World {
         let newest = all.iter().map(|(applied, _)| *applied).max().unwrap_or(0);
         let of_newest: Vec<[u8; 32]> = all.iter().filter(|(a, _)| *a == newest).map(|(_, hash)| *hash).collect();
         if of_newest.iter().any(|hash| *hash != of_newest[0]) {
-            self.fail(format!("members differ at index {newest}"));
+            self.fail(Checker::MembersAgree, format!("members differ at index {newest}"));
         }
     }
 }
 
+/// Who has come into a set that had others before, and still has.
+fn entered(before: &Truth, after: &Truth) -> Vec<(VolumeId, usize, ReplicaId)> {
+    let mut all = Vec::new();
+    for (id, new) in &after.volumes {
+        let Some(old) = before.volumes.get(id) else { continue };
+        for (i, (was, is)) in old.mirrors.iter().zip(&new.mirrors).enumerate() {
+            let (was, is) = (&was.in_sync.members, &is.in_sync.members);
+            if is.iter().any(|r| was.contains(r)) {
+                all.extend(is.iter().filter(|r| !was.contains(r)).map(|r| (*id, i, *r)));
+            }
+        }
+    }
+    all
+}
+
 /// R1: epochs rise. R2: a set changes one version at a time, is never empty, and never leaves its definition.
-fn check_progress(before: &Truth, after: &Truth) -> Result<(), String> {
+fn check_progress(before: &Truth, after: &Truth) -> Result<(), (Checker, String)> {
     for (id, new) in &after.volumes {
         for mirror in &new.mirrors {
             let set = &mirror.in_sync;
             if set.version.0 > 0 && set.members.is_empty() && new.state != VolumeState::Deleting {
-                return Err(format!("R2: the in-sync set of mirror {} is empty", mirror.id));
+                return Err((Checker::SetVersions, format!("R2: the in-sync set of mirror {} is empty", mirror.id)));
             }
             if mirror.replicas.len() > MAX_REPLICAS {
-                return Err(format!("R11: mirror {} has {} replicas", mirror.id, mirror.replicas.len()));
+                return Err((
+                    Checker::Bounds,
+                    format!("R11: mirror {} has {} replicas", mirror.id, mirror.replicas.len()),
+                ));
             }
         }
         let Some(old) = before.volumes.get(id) else { continue };
         if new.session.epoch < old.session.epoch {
-            return Err(format!("R1: the epoch of {} went back to {}", new.name, new.session.epoch));
+            return Err((Checker::Epochs, format!("R1: the epoch of {} went back to {}", new.name, new.session.epoch)));
         }
         for (was, is) in old.mirrors.iter().zip(&new.mirrors) {
             if is.in_sync.version < was.in_sync.version {
-                return Err(format!("R2: the set of mirror {} went back to version {}", is.id, is.in_sync.version));
+                return Err((
+                    Checker::SetVersions,
+                    format!("R2: the set of mirror {} went back to version {}", is.id, is.in_sync.version),
+                ));
             }
             if is.in_sync.version == was.in_sync.version && is.in_sync != was.in_sync {
-                return Err(format!("R2: the set of mirror {} changed within version {}", is.id, is.in_sync.version));
+                return Err((
+                    Checker::SetVersions,
+                    format!("R2: the set of mirror {} changed within version {}", is.id, is.in_sync.version),
+                ));
             }
         }
     }

@@ -1,11 +1,14 @@
 //! Initiators: a number of clients, each with one request out, on whichever gateway serves the volume.
 
+use std::collections::VecDeque;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use client::block::{BlockOutcome, BlockRequest, SECTOR};
 use client::volume::{Ended, SessionInput};
 use proto::id::{Epoch, RegionIndex, VolumeId};
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 
+use super::checker::Checker;
 use super::history::{Asked, BLOCK_SECTORS, Told, Value, bytes_of, values_of};
 use super::world::{Event, MS, Setup, World};
 
@@ -37,9 +40,9 @@ pub(super) struct Out {
 /// A whole-block write that was acknowledged, and nothing has been asked for there since.
 #[derive(Clone, Debug)]
 pub(super) struct Covered {
-    number: Value,
-    block: u64,
-    data: Bytes,
+    pub number: Value,
+    pub block: u64,
+    pub data: Bytes,
     moment: u64,
 }
 
@@ -54,6 +57,8 @@ pub struct Work {
     pub budget: u64,
     /// The last acknowledged writes, while nothing else is asked for where they are.
     settled: Vec<Covered>,
+    /// And the last of those that a flush has covered.
+    flushed: VecDeque<(VolumeId, Covered)>,
     think: u64,
 }
 
@@ -68,7 +73,22 @@ impl Work {
             paused: false,
             budget: setup.ops,
             settled: Vec::new(),
+            flushed: VecDeque::new(),
             think: [50, 300, 1000][(setup.seed % 3) as usize] * MS,
+        }
+    }
+
+    /// Writes that the members of a volume's mirrors have, and whether durably.
+    pub(super) fn acknowledged(&self, volume: VolumeId) -> Vec<(Covered, bool)> {
+        let flushed = self.flushed.iter().filter(|(v, _)| *v == volume).map(|(_, c)| (c.clone(), true));
+        self.settled.iter().map(|c| (c.clone(), false)).chain(flushed).collect()
+    }
+
+    /// What was not flushed may be lost, or even what was.
+    pub(super) fn forget(&mut self, flushed_too: bool) {
+        self.settled.clear();
+        if flushed_too {
+            self.flushed.clear();
         }
     }
 
@@ -161,6 +181,7 @@ impl World {
         let writes = out.data.is_some() || !out.blocks.is_empty() && out.first_sector == u64::MAX;
         if writes {
             self.work.settled.retain(|s| !out.blocks.contains(&s.block));
+            self.work.flushed.retain(|(_, s)| !out.blocks.contains(&s.block));
             for other in self.work.clients.iter_mut().flatten() {
                 other.covers.retain(|s| !out.blocks.contains(&s.block));
             }
@@ -299,7 +320,7 @@ impl World {
                 if out.first_sector != u64::MAX {
                     values = match self.read_values(volume, &out, &pieces) {
                         Ok(values) => values,
-                        Err(what) => return self.fail(what),
+                        Err(what) => return self.fail(Checker::NobodyWrote, what),
                     };
                     show = if self.setup.trace { show_values(&values) } else { String::new() };
                     self.fold(&values);
@@ -319,8 +340,11 @@ impl World {
             Ended::Block(BlockOutcome::Medium { offset }) => {
                 self.counters.medium += 1;
                 let block = offset / BLOCK_SIZE;
-                if !self.volume(volume).suspect[block as usize] {
-                    return self.fail(format!("R10: medium error at block {block}, where nothing was damaged"));
+                if !self.may_be_bad(out.gateway, volume, block) {
+                    return self.fail(
+                        Checker::Medium,
+                        format!("R10: medium error at block {block}, where nothing was damaged"),
+                    );
                 }
                 show = format!("medium error at block {block}");
                 Told::Nothing
@@ -388,9 +412,13 @@ impl World {
             }
         }
         for covered in std::mem::take(&mut out.covers) {
-            let Covered { number, block, data, moment } = covered;
-            self.check_acknowledged(volume, epoch, number, block, &data, moment, true);
+            let Covered { number, block, ref data, moment } = covered;
+            self.check_acknowledged(volume, epoch, number, block, data, moment, true);
             self.work.settled.retain(|s| s.number != number);
+            self.work.flushed.push_back((volume, covered));
+            if self.work.flushed.len() > MAX_SETTLED {
+                self.work.flushed.pop_front();
+            }
         }
     }
 

@@ -54,11 +54,12 @@ use client::volume::SessionOutput;
 use node::control::core::{Input as MemberInput, Reply as ControlReply};
 use node::replica::{OpId, Output as ReplicaOutput};
 use proto::cluster::{ClusterDefinition, ClusterView, Refusal};
-use proto::id::{ClusterId, ReplicaId, VolumeId};
+use proto::id::{AttachId, ClusterId, ReplicaId, VolumeId};
 use raft::prelude::Message;
 use uuid::Uuid;
 
 use super::ask::{Ask, OPERATOR_TICK};
+use super::checker::Checker;
 use super::faults::Fault;
 use super::gateway::Gateway;
 use super::net::{Net, Packet, Party, Way};
@@ -413,6 +414,8 @@ pub struct World {
     pub(super) next_answer: u64,
     pub(super) work: Work,
     pub(super) moments: u64,
+    /// By volume and mirror: who is to be in the set that was proposed last, and its attach then.
+    pub(super) proposed: BTreeMap<(VolumeId, usize), Vec<(ReplicaId, AttachId)>>,
     /// Regions that have just become clean on a replica.
     pub(super) cleaned: Vec<(VolumeId, usize, u64)>,
     pub counters: Counters,
@@ -422,7 +425,7 @@ pub struct World {
     pub(super) session_scratch: Vec<SessionOutput>,
     /// Folded over every event.
     digest: u64,
-    failure: Option<String>,
+    failure: Option<(Checker, String)>,
 }
 
 /// FNV-1a: stable over versions, unlike the standard library's.
@@ -478,6 +481,7 @@ impl World {
             next_answer: 0,
             work: Work::new(&setup),
             moments: 0,
+            proposed: BTreeMap::new(),
             cleaned: Vec::new(),
             counters: Counters::default(),
             faults_on: false,
@@ -512,14 +516,15 @@ impl World {
         self.digest
     }
 
-    pub fn failure(&self) -> Option<&str> {
-        self.failure.as_deref()
+    pub fn failure(&self) -> Option<&(Checker, String)> {
+        self.failure.as_ref()
     }
 
     /// Something is wrong that must never be; the first one counts.
-    pub(super) fn fail(&mut self, what: String) {
-        self.log(|| format!("FAILED: {what}"));
-        self.failure.get_or_insert(format!("at {}.{:06} s: {what}", self.now / SECOND, self.now % SECOND));
+    pub(super) fn fail(&mut self, checker: Checker, what: String) {
+        self.log(|| format!("FAILED: {checker:?}: {what}"));
+        let what = format!("at {}.{:06} s: {what}", self.now / SECOND, self.now % SECOND);
+        self.failure.get_or_insert((checker, what));
     }
 
     pub(super) fn log(&self, line: impl FnOnce() -> String) {
