@@ -574,6 +574,7 @@ impl World {
                     MirrorEvent::SetChanged { .. } => self.counters.set_changes += 1,
                     MirrorEvent::Joining { .. } => self.counters.joins += 1,
                     MirrorEvent::Restamped { region, .. } => self.restamped(volume, mirror, region),
+                    MirrorEvent::Distrusted { region, replica, .. } => self.distrusted(volume, region, replica),
                     _ => {}
                 }
             }

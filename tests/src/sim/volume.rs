@@ -299,6 +299,13 @@ impl World {
         }
     }
 
+    /// Blocks that no member could vouch for are bad on a joining replica, too.
+    pub(super) fn distrusted(&mut self, volume: VolumeId, region: RegionIndex, replica: ReplicaId) {
+        let Some(replica) = self.replica_at.get(&replica).copied() else { return };
+        let first = u64::from(region.0) * REGION_BLOCKS;
+        self.volume_mut(volume).doubted.extend((first..first + REGION_BLOCKS).map(|block| (replica, block)));
+    }
+
     // ---- R3 -------------------------------------------------------------------------------------------------
 
     /// The true time at which a gateway's clock shows this.
