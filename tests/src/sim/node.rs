@@ -226,6 +226,16 @@ impl World {
         self.cache_lost(replica);
     }
 
+    /// What was in the replica's cache is not to be counted on: a sync has failed.
+    fn end_era(&mut self, replica: usize) {
+        self.lose_trust();
+        let now = self.moment();
+        let r = &mut self.replicas[replica];
+        r.era += 1;
+        r.watched.lost_at = now;
+        self.cache_lost(replica);
+    }
+
     // ---- the agent ------------------------------------------------------------------------------------------
 
     /// Makes, opens and deletes what the metadata say, as far as this node's member has applied them.
@@ -500,7 +510,9 @@ impl World {
                     self.log(|| format!("replica {replica} can't be opened: {error}"));
                     self.end_core(replica);
                     self.replicas[replica].retry_at = self.now + REOPEN;
-                    self.replicas[replica].era += u64::from(matches!(error, OpenError::Disk { .. }));
+                    if matches!(error, OpenError::Disk { .. }) {
+                        self.end_era(replica);
+                    }
                     match self.replicas[replica].unmade {
                         Some(create) if is_unmade(&error) => return self.make_files(replica, create),
                         _ if is_unmade(&error) || matches!(error, OpenError::Disk { .. }) => {}
@@ -510,11 +522,8 @@ impl World {
                 }
                 Output::Faulted(reason) => {
                     self.log(|| format!("replica {replica} faulted: {reason}"));
-                    let r = &mut self.replicas[replica];
-                    r.era += 1;
-                    let boot = r.boot;
-                    self.lose_trust();
-                    self.cache_lost(replica);
+                    let boot = self.replicas[replica].boot;
+                    self.end_era(replica);
                     self.after(REOPEN, Event::ReplicaOpens { replica, boot });
                 }
                 Output::Notice(notice) => self.log(|| format!("  replica {replica} {notice:?}")),
