@@ -55,6 +55,7 @@ mutants! {
     UnlockEarly: "R4", "mirror/foreground", "a write's lock goes when it is acknowledged, though a joining replica is still at it";
     EqualiseWithoutLock: "R4", "mirror/equalise", "a region is equalised without its lock";
     AbortAtOnce: "R4", "volume/session", "an abort is answered at once, whatever becomes of the request";
+    ReleasedTwice: "R4", "mirror/foreground", "a read's lock is given back twice";
     DirtyWithoutSync: "R5", "replica/dirty_log", "a region is changed when its dirty bit is written but not synced";
     CleanAsBoolean: "R6", "mirror/clean, replica/dirty_log", "a dirty bit is cleared whatever the flush number says";
     CleanWithoutAll: "R6", "mirror/clean", "bits are cleared while a replica is out of the set";

@@ -654,6 +654,9 @@ impl Mirror {
         if locked {
             self.locks.release(LockOwner::Op(id), &mut self.granted);
         }
+        if locked && mutant::is(Mutant::ReleasedTwice) {
+            self.locks.release(LockOwner::Op(id), &mut self.granted);
+        }
         out.push(Output::Complete { id, outcome });
     }
 

@@ -20,9 +20,8 @@ macro_rules! checkers {
 }
 
 checkers! {
-    Register: "each sector's answers are those of one register: no read goes back, none misses an acknowledged write";
-    Flushed: "what was flushed, or read, survives the loss of every cache";
-    Aborted: "what was aborted never happened";
+    Register: "each sector's answers are those of one register: no read goes back, none misses an acknowledged write, \
+        what was aborted never happened, and what was flushed, or read, survives the loss of every cache";
     Fenced: "R1: nothing is done under an attach that is older than one that was answered";
     Drained: "R1: when an attach is answered nothing older is with the disk";
     Epochs: "R1: epochs rise, and none is given out twice";
@@ -32,7 +31,7 @@ checkers! {
     Leases: "R3: no older lease lives when a newer session counts on its end";
     Answered: "R4: every request is answered once, and before its session is closed";
     DirtyFirst: "R5: nothing changes a region on a disk before its dirty bit is durable there";
-    CleanMeansEqual: "R6: where replicas differ the region is dirty on one of them";
+    CleanMeansEqual: "R6: where replicas differ the region is dirty on one of them; once everything has healed none do";
     Entered: "R7: a replica that enters the set has what was acknowledged, and has it durably if it was flushed";
     MetadataOld: "R8: the metadata are taken for old only if they are";
     Durable: "R9: what a flush covered, what was written durably, and what the last member has, is on the medium";
@@ -43,7 +42,6 @@ checkers! {
     Bounds: "R11: requests, copies, connections, messages and logs are bounded";
     Waits: "R12: no request waits for ever once everything has healed";
     Files: "R12: a replica's files are made for a volume that is there, and can be opened";
-    Equal: "all replicas are equal once everything has healed";
     DirtyLeft: "no region is dirty once everything has healed";
     MembersAgree: "members that have applied the same hold the same";
     Raft: "no member must stop, and none sends what cannot be";

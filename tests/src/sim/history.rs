@@ -16,8 +16,6 @@ use std::collections::BTreeMap;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::checker::Checker;
-
 /// Bytes in a sector: what an initiator writes at least.
 pub const SECTOR: usize = 512;
 /// Sectors in a block.
@@ -117,25 +115,6 @@ pub fn values_of(first: u64, data: &[u8], salt: u64) -> Result<Vec<Value>, (u64,
     Ok(values)
 }
 
-/// Why a history is not one disk's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wrong {
-    pub checker: Checker,
-    pub why: String,
-}
-
-impl From<String> for Wrong {
-    fn from(why: String) -> Self {
-        Self { checker: Checker::Register, why }
-    }
-}
-
-impl std::fmt::Display for Wrong {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.why)
-    }
-}
-
 impl History {
     /// A volume's, which has this number among those of the run.
     pub fn new(salt: u64) -> Self {
@@ -229,15 +208,15 @@ impl History {
 
     /// The first sector that could not have been so.
     pub fn wrong_sector(&self, sectors: u64) -> Option<u64> {
-        let wrong = self.check(sectors, |_| 0).err()?;
-        wrong.why.strip_prefix("sector ")?.split(' ').next()?.parse().ok()
+        let why = self.check(sectors, |_| 0).err()?;
+        why.strip_prefix("sector ")?.split(' ').next()?.parse().ok()
     }
 
     /// Checks every sector; `mirror` says where one lies.
     ///
     /// # Errors
     /// Says which sector could not have been so, and why.
-    pub fn check(&self, sectors: u64, mirror: impl Fn(u64) -> usize) -> Result<(), Wrong> {
+    pub fn check(&self, sectors: u64, mirror: impl Fn(u64) -> usize) -> Result<(), String> {
         let mut of_sector: Vec<Vec<u32>> = vec![Vec::new(); sectors as usize];
         for (i, record) in self.records.iter().enumerate().filter(|(_, r)| r.told != Told::Aborted) {
             if record.asked == Asked::Read && record.told != Told::Done {
@@ -262,11 +241,7 @@ impl History {
             }
             let mirror = mirror(sector);
             let register = Register { history: self, sector, mirror, entries, flushes: &flushes };
-            let place = |wrong: Wrong| {
-                let why = format!("sector {sector} (block {}): {}", sector / BLOCK_SECTORS, wrong.why);
-                Wrong { why, ..wrong }
-            };
-            register.check().map_err(place)?;
+            register.check().map_err(|why| format!("sector {sector} (block {}): {why}", sector / BLOCK_SECTORS))?;
         }
         Ok(())
     }
@@ -328,7 +303,7 @@ struct Register<'a> {
 }
 
 impl Register<'_> {
-    fn check(&self) -> Result<(), Wrong> {
+    fn check(&self) -> Result<(), String> {
         let mut candidates = vec![Candidate { value: 0, settled: true }];
         let mut from = 0;
         let here = self.history.power_ons.iter().filter(|(_, mirror)| *mirror == self.mirror);
@@ -344,7 +319,7 @@ impl Register<'_> {
     }
 
     /// Checks what was answered between two moments; returns what may be there afterwards if caches are lost then.
-    fn check_piece(&self, from: u64, to: u64, candidates: Vec<Candidate>) -> Result<Vec<Candidate>, Wrong> {
+    fn check_piece(&self, from: u64, to: u64, candidates: Vec<Candidate>) -> Result<Vec<Candidate>, String> {
         let records = &self.history.records;
         let mut clusters: Vec<Cluster> =
             candidates.iter().map(|c| Cluster::new(c.value, from, c.settled.then_some(from))).collect();
@@ -392,7 +367,7 @@ impl Register<'_> {
                 };
                 let mut possible = zeroes.iter().copied().filter(|z| could(&clusters[*z]));
                 match (possible.next(), possible.next()) {
-                    (None, _) => return Err(format!("read {} returned zeroes, which were overwritten", i + 1).into()),
+                    (None, _) => return Err(format!("read {} returned zeroes, which were overwritten", i + 1)),
                     (Some(only), None) => only,
                     // Whose zeroes they were can't be told.
                     _ => continue,
@@ -401,7 +376,7 @@ impl Register<'_> {
                 *by_value.get(&value).ok_or_else(|| self.describe_lost(i, value))?
             };
             if clusters[at].begun >= ended {
-                return Err(format!("read {} returned {value} before it was written", i + 1).into());
+                return Err(format!("read {} returned {value} before it was written", i + 1));
             }
             clusters[at].read(begun, ended);
         }
@@ -434,13 +409,13 @@ impl Register<'_> {
         ends.any(|done| done.is_none_or(|done| !replaced(done)))
     }
 
-    fn describe_lost(&self, read: usize, value: Value) -> Wrong {
-        let (checker, why) = match self.history.records.get(value as usize - 1) {
-            Some(w) if w.told == Told::Aborted => (Checker::Aborted, "was aborted"),
-            Some(w) if w.told == Told::Done => (Checker::Flushed, "a flushed write, or a loss, had replaced"),
-            _ => (Checker::Register, "could not be there"),
+    fn describe_lost(&self, read: usize, value: Value) -> String {
+        let why = match self.history.records.get(value as usize - 1) {
+            Some(w) if w.told == Told::Aborted => "was aborted",
+            Some(w) if w.told == Told::Done => "a flushed write, or a loss, had replaced",
+            _ => "could not be there",
         };
-        Wrong { checker, why: format!("read {} returned {value}, which {why}", read + 1) }
+        format!("read {} returned {value}, which {why}", read + 1)
     }
 
     fn check_zones(&self, clusters: &[Cluster]) -> Result<(), String> {

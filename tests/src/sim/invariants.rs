@@ -474,8 +474,10 @@ impl World {
             for block in 0..blocks {
                 let all: Vec<_> = replicas.iter().map(|r| durable_block(&self.replicas[*r], block)).collect();
                 if all.iter().any(|b| b.is_err() || *b != all[0]) {
-                    return self
-                        .fail(Checker::Equal, format!("block {block} is not the same everywhere after healing"));
+                    return self.fail(
+                        Checker::CleanMeansEqual,
+                        format!("block {block} is not the same everywhere after healing"),
+                    );
                 }
             }
         }

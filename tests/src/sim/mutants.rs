@@ -48,7 +48,7 @@ pub fn plan(mutant: Mutant) -> Plan {
     use Checker::*;
     use Fault::*;
     /// Replicas hold different things, which is seen on their disks or by who reads.
-    const DIFFER: &[Checker] = &[Register, CleanMeansEqual, Equal, Acknowledged, Entered];
+    const DIFFER: &[Checker] = &[Register, CleanMeansEqual, Acknowledged, Entered];
     let plan = Plan::new;
     match mutant {
         Mutant::SkipAttachCheck => plan(&[Fenced]),
@@ -70,7 +70,8 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::WritesShareLocks => plan(DIFFER),
         Mutant::UnlockEarly => plan(DIFFER).only(&[Reset, SlowDisk]).often(),
         Mutant::EqualiseWithoutLock => plan(DIFFER),
-        Mutant::AbortAtOnce => plan(&[Answered, Aborted]),
+        Mutant::AbortAtOnce => plan(&[Answered]),
+        Mutant::ReleasedTwice => plan(&[Assertion]),
         Mutant::DirtyWithoutSync => plan(&[DirtyFirst]),
         Mutant::CleanAsBoolean => plan(&[CleanMeansEqual, DirtyFirst]).wants(&[Close]),
         Mutant::CleanWithoutAll => plan(&[CleanMeansEqual]),

@@ -11,7 +11,7 @@ use proto::id::{Epoch, MirrorId, RegionIndex, ReplicaId, VolumeId};
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 
 use super::checker::Checker;
-use super::history::{BLOCK_SECTORS, History, Wrong};
+use super::history::{BLOCK_SECTORS, History};
 use super::net::Party;
 use super::world::World;
 
@@ -103,7 +103,7 @@ impl Volume {
         self.unreadable.contains(&replica) || self.doubted.contains(&(replica, block))
     }
 
-    pub fn check_history(&self) -> Result<(), Wrong> {
+    pub fn check_history(&self) -> Result<(), String> {
         self.history.check(self.blocks * BLOCK_SECTORS, |sector| self.place(sector / BLOCK_SECTORS).0)
     }
 }
