@@ -366,9 +366,9 @@ impl World {
         let r = &mut self.replicas[replica];
         r.files = true;
         r.disk.wipe_meta();
-        let lost_at = r.watched.lost_at;
+        let (lost_at, lacks) = (r.watched.lost_at, r.watched.lacks);
         r.watched = Watched::new(&r.layout);
-        r.watched.lost_at = lost_at;
+        (r.watched.lost_at, r.watched.lacks) = (lost_at, lacks);
         self.open_core(replica, Some(create));
     }
 
