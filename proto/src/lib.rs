@@ -1,6 +1,7 @@
 //! The vocabulary that md99's processes share: identifiers, limits, the replica protocol's frames and the gRPC
-//! services. Nothing here performs I/O.
+//! services; and the buffers and socket options of the data path. Nothing here performs I/O.
 
+pub mod buffer;
 pub mod cluster;
 pub mod convert;
 pub mod frame;
@@ -8,3 +9,4 @@ pub mod id;
 pub mod limits;
 pub mod mutant;
 pub mod pb;
+pub mod socket;

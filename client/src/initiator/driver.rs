@@ -5,7 +5,8 @@ use std::io::IoSlice;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use proto::buffer;
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
@@ -38,7 +39,7 @@ pub(super) struct Terms {
 struct Task {
     command: Command,
     cmd_sn: CmdSn,
-    data: BytesMut,
+    data: Vec<u8>,
     lent: bool,
     done: oneshot::Sender<Result<Response, Error>>,
 }
@@ -222,7 +223,7 @@ impl Driver {
         };
         self.wire.push(Request::Command(request).encode(), [out.slice(..immediate)]);
         self.data_out(itt, command.lun, NO_TAG, &out, immediate, unsolicited);
-        self.tasks.insert(itt, Task { command, cmd_sn, data: BytesMut::new(), lent: false, done });
+        self.tasks.insert(itt, Task { command, cmd_sn, data: Vec::new(), lent: false, done });
     }
 
     /// Sends `data[from..to]` as one sequence.
@@ -290,7 +291,7 @@ impl Driver {
                 if response != 0 {
                     return Err("target failure");
                 }
-                let mut sense = pdu.data.freeze();
+                let mut sense = buffer::freeze(pdu.data);
                 if sense.len() >= 2 {
                     let len = usize::from(u16::from_be_bytes([sense[0], sense[1]]));
                     sense = sense.slice(2..(2 + len).min(sense.len()));
@@ -318,7 +319,7 @@ impl Driver {
             }
             Body::NopIn { itt, .. } => {
                 if let Some(Other::Nop { done }) = self.others.remove(&itt) {
-                    let _ = done.send(Ok(pdu.data.freeze()));
+                    let _ = done.send(Ok(buffer::freeze(pdu.data)));
                 }
                 Ok(())
             }
@@ -362,23 +363,24 @@ impl Driver {
 
     fn finish(&mut self, itt: u32, status: u8, residual: Residual, sense: Bytes) {
         if let Some(task) = self.tasks.remove(&itt) {
-            let _ = task.done.send(Ok(Response { status, sense, data: task.data.freeze(), residual }));
+            let _ = task.done.send(Ok(Response { status, sense, data: buffer::freeze(task.data), residual }));
         }
     }
 }
 
 /// Read data goes straight into its command's buffer.
-fn place(tasks: &mut BTreeMap<u32, Task>, bhs: &Bhs) -> BytesMut {
+fn place(tasks: &mut BTreeMap<u32, Task>, bhs: &Bhs) -> Vec<u8> {
     if bhs.opcode() != response::DATA_IN {
-        return BytesMut::new();
+        return Vec::new();
     }
-    let Some(task) = tasks.get_mut(&bhs.itt()) else { return BytesMut::new() };
+    let Some(task) = tasks.get_mut(&bhs.itt()) else { return Vec::new() };
     let missing = (task.command.data_in as usize).saturating_sub(task.data.len());
     if task.lent || bhs.data_len() > missing {
-        return BytesMut::new();
+        return Vec::new();
     }
     task.lent = true;
     let mut data = std::mem::take(&mut task.data);
-    data.reserve(missing);
+    let wanted = data.len() + missing;
+    buffer::enlarge(&mut data, wanted);
     data
 }

@@ -52,7 +52,7 @@ impl Wire {
 
     async fn next(&mut self) -> Result<(Response, Pdu), Error> {
         loop {
-            let pdu = self.receiver.next(|_| BytesMut::new()).map_err(|_| Error::Protocol("bad framing"))?;
+            let pdu = self.receiver.next(|_| Vec::new()).map_err(|_| Error::Protocol("bad framing"))?;
             if let Some(pdu) = pdu {
                 let response = Response::decode(&pdu.bhs).map_err(|_| Error::Protocol("unknown opcode"))?;
                 return Ok((response, pdu));

@@ -245,7 +245,7 @@ struct Greeting {
 impl Greeting {
     async fn next(&mut self) -> Result<Option<Pdu>, Failure> {
         loop {
-            if let Some(pdu) = self.receiver.next(|_| BytesMut::new())? {
+            if let Some(pdu) = self.receiver.next(|_| Vec::new())? {
                 return Ok(Some(pdu));
             }
             let mut space = self.receiver.space();
@@ -282,7 +282,7 @@ async fn login(
     peer: SocketAddr,
     registry: &Registry,
 ) -> Result<Option<(Greeting, Box<Agreed>, SocketAddr)>, Failure> {
-    stream.set_nodelay(true)?;
+    proto::socket::tune(&stream)?;
     let local = stream.local_addr()?;
     let receiver = Receiver::new(BytesMut::new(), Digests::default(), DEFAULT_SEGMENT as usize);
     let mut greeting = Greeting { stream, receiver, wire: Sender::new(Digests::default()) };

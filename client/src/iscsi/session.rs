@@ -12,7 +12,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use proto::buffer;
 
 use super::login::{Agreed, Parameters};
 use super::pdu::response::Body;
@@ -163,7 +164,7 @@ pub struct IscsiSession {
     /// Memory of answers that are not written yet: released when the wire has come to the mark.
     unwritten: VecDeque<(u64, u64)>,
     /// Commands that came before their turn; `None` for one that was aborted before it came.
-    early: Vec<(CmdSn, Option<(Request, BytesMut)>)>,
+    early: Vec<(CmdSn, Option<(Request, Vec<u8>)>)>,
     management: Vec<Management>,
     barriers: Vec<Barrier>,
     text: Option<TextExchange>,
@@ -242,13 +243,13 @@ impl IscsiSession {
 
     /// The buffer that a PDU's data segment is to be received into (see [`Receiver::next`]
     /// (super::pdu::wire::Receiver::next)): a write's own one, wherever that is possible.
-    pub fn place(&mut self, bhs: &Bhs) -> BytesMut {
+    pub fn place(&mut self, bhs: &Bhs) -> Vec<u8> {
         match Request::decode(bhs) {
             Ok(Request::Command(command)) => {
                 // If all data will come unsolicited, room for all of it at once.
                 let all = command.expected_len.min(self.parameters.first_burst) as usize;
                 let len = bhs.data_len();
-                BytesMut::with_capacity(if command.last { len } else { len.max(all) })
+                buffer::take(if command.last { len } else { len.max(all) })
             }
             Ok(Request::DataOut(data)) => {
                 let task = self.by_itt.get(&data.itt).and_then(|tag| self.tasks.get_mut(tag));
@@ -261,10 +262,10 @@ impl IscsiSession {
                         task.lent = true;
                         std::mem::take(&mut task.data)
                     }
-                    _ => BytesMut::new(),
+                    _ => Vec::new(),
                 }
             }
-            _ => BytesMut::new(),
+            _ => Vec::new(),
         }
     }
 
@@ -334,7 +335,7 @@ impl IscsiSession {
         }
     }
 
-    fn perform(&mut self, bhs: &Bhs, request: Request, data: BytesMut, out: &mut Outputs) {
+    fn perform(&mut self, bhs: &Bhs, request: Request, data: Vec<u8>, out: &mut Outputs) {
         if self.logout.is_some() || out.close.is_some() {
             return;
         }
@@ -345,7 +346,7 @@ impl IscsiSession {
                     let mut data = data;
                     data.truncate(self.parameters.max_send_segment as usize);
                     let body = Body::NopIn { lun: nop.lun, itt: nop.itt, ttt: NO_TAG };
-                    self.send(body, [data.freeze()], true, out);
+                    self.send(body, [buffer::freeze(data)], true, out);
                 }
             }
             Request::TaskManagement(function) => self.manage(function, out),
@@ -376,7 +377,7 @@ impl IscsiSession {
 
     // --- commands ---
 
-    fn command(&mut self, bhs: &Bhs, command: request::Command, data: BytesMut, out: &mut Outputs) {
+    fn command(&mut self, bhs: &Bhs, command: request::Command, data: Vec<u8>, out: &mut Outputs) {
         if command.itt == NO_TAG || self.by_itt.contains_key(&command.itt) {
             self.reject(reject::TASK_IN_PROGRESS, bhs, out);
             out.close = Some(End::Protocol("a task tag that is in use"));
@@ -472,7 +473,7 @@ impl IscsiSession {
         }
         if task.is_complete() {
             task.phase = Phase::Executing;
-            let data = std::mem::take(&mut task.data).freeze();
+            let data = buffer::freeze(std::mem::take(&mut task.data));
             let operation = task.operation.as_mut().expect("without one there is a reply");
             let step = operation.start(data);
             return self.apply(tag, step, out);
@@ -989,7 +990,7 @@ mod tests {
         fn sent(&mut self) -> Vec<Response> {
             let mut receiver = Receiver::new(bytes_of(&mut self.out.wire), Digests::default(), 1 << 20);
             let mut sent = Vec::new();
-            while let Some(pdu) = receiver.next(|_| BytesMut::new()).unwrap() {
+            while let Some(pdu) = receiver.next(|_| Vec::new()).unwrap() {
                 sent.push(Response::decode(&pdu.bhs).unwrap());
             }
             self.session.written(&mut self.out);
@@ -997,8 +998,8 @@ mod tests {
         }
     }
 
-    fn bytes_of(wire: &mut Sender) -> BytesMut {
-        let mut all = BytesMut::new();
+    fn bytes_of(wire: &mut Sender) -> bytes::BytesMut {
+        let mut all = bytes::BytesMut::new();
         while !wire.is_empty() {
             let mut slices = [IoSlice::new(&[]); 16];
             let n = wire.slices(&mut slices);
@@ -1116,7 +1117,7 @@ mod tests {
         let mut b = bench();
         let mut bhs = Bhs::new(0x1f);
         bhs.0[16] = 9;
-        let pdu = Pdu { bhs, ahs: Bytes::new(), data: BytesMut::new(), start: 0, digest_ok: true };
+        let pdu = Pdu { bhs, ahs: Bytes::new(), data: Vec::new(), start: 0, digest_ok: true };
         b.session.receive(b.now, pdu, &mut b.out);
         assert!(matches!(b.sent()[0].body, Body::Reject { reason: 5 }));
         assert!(matches!(b.out.close, Some(End::Protocol(_))));
@@ -1127,7 +1128,7 @@ mod tests {
         let mut b = bench();
         let nop = request::NopOut { immediate: true, lun: 0, itt: 1, ttt: NO_TAG, cmd_sn: sn(0), exp_stat_sn: 0 };
         let bhs = Request::NopOut(nop).encode();
-        let pdu = Pdu { bhs, ahs: Bytes::new(), data: BytesMut::from(&b"x"[..]), start: 0, digest_ok: false };
+        let pdu = Pdu { bhs, ahs: Bytes::new(), data: b"x".to_vec(), start: 0, digest_ok: false };
         b.session.receive(b.now, pdu, &mut b.out);
         assert!(matches!(b.sent()[..], [Response { body: Body::Reject { reason: 2 }, .. }]));
         assert!(b.out.close.is_some());

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use super::login::Parameters;
 use super::pdu::response::{Body, DataIn, Residual};
@@ -50,7 +50,7 @@ pub struct Task {
     /// Where it stands.
     pub phase: Phase,
     /// Write data so far, without what nobody asked for.
-    pub data: BytesMut,
+    pub data: Vec<u8>,
     /// Whether `data` is with the receiver, which appends a segment to it.
     pub lent: bool,
     /// Bytes of write data that are used: the lesser of what the command needs and the initiator announced.
@@ -84,7 +84,7 @@ impl Task {
             operation,
             reply,
             phase: Phase::Waiting,
-            data: BytesMut::new(),
+            data: Vec::new(),
             lent: false,
             wanted,
             needed: out,
@@ -104,7 +104,7 @@ impl Task {
     }
 
     /// Takes a segment of write data, checked before; what is more than wanted is dropped.
-    pub fn take(&mut self, data: BytesMut, start: usize) {
+    pub fn take(&mut self, data: Vec<u8>, start: usize) {
         if self.lent {
             self.lent = false;
             self.data = data;
@@ -126,8 +126,8 @@ impl Task {
         if self.more_unsolicited || left == 0 || self.r2ts.len() >= parameters.max_outstanding_r2t as usize {
             return None;
         }
-        if self.data.capacity() < self.wanted as usize && !self.lent {
-            self.data.reserve(self.wanted as usize - self.data.len());
+        if !self.lent {
+            proto::buffer::enlarge(&mut self.data, self.wanted as usize);
         }
         let len = left.min(parameters.max_burst);
         let offset = self.solicited;

@@ -36,7 +36,12 @@ impl Liveness {
         self.looked = now;
     }
 
-    /// What to do at `now`; wanted a few times a second.
+    /// When [`look`](Self::look) is due next.
+    pub fn next(&self) -> u64 {
+        (self.heard + SILENT_MS).min(self.pinged + PING_MS)
+    }
+
+    /// What to do at `now`.
     pub fn look(&mut self, now: u64) -> Due {
         if now.saturating_sub(self.looked) > STOOD_STILL_MS {
             self.heard = now;
@@ -60,10 +65,12 @@ mod tests {
     #[test]
     fn a_silent_node_is_given_up_and_a_pause_of_our_own_is_not_its_fault() {
         let mut live = Liveness::new(0);
+        assert_eq!(live.next(), 500);
         assert_eq!(live.look(250), Due::Nothing);
         assert_eq!(live.look(500), Due::Ping);
         assert_eq!(live.look(1_000), Due::Ping);
         assert_eq!(live.look(1_499), Due::Nothing);
+        assert_eq!(live.next(), 1_500);
         assert_eq!(live.look(1_500), Due::GiveUp);
         let mut live = Liveness::new(0);
         assert_eq!(live.look(30_000), Due::Ping, "this process was stopped");

@@ -3,14 +3,18 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
-use proto::frame::{Encoded, FrameError, HEADER_LEN, Header, Kind, PeerRole, Reply, Request};
+use bytes::{Buf, Bytes};
+use proto::frame::{Encoded, FrameError, FrameReader, Header, Kind, PeerRole, RawFrame, Reply, Request};
 use proto::id::{AttachId, ClusterId, NodeId, VolumeId};
-use tokio::io::Interest;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::net::tcp::WriteHalf;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::core::{Due, Liveness};
 use crate::clock::now_ms;
@@ -19,10 +23,6 @@ use crate::clock::now_ms;
 const CONNECT: Duration = Duration::from_millis(1_500);
 /// Between attempts to connect; doubles up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
-/// How often liveness is looked at.
-const LOOK: Duration = Duration::from_millis(100);
-/// Room made for each read.
-const READ_ROOM: usize = 256 << 10;
 /// Reads per wake-up before others have their turn.
 const READS_PER_TURN: usize = 8;
 /// Slices of one vectored write.
@@ -95,13 +95,13 @@ pub async fn run(config: LinkConfig, queue: &LinkQueue, events: &dyn LinkEvents)
     let mut told = String::new();
     loop {
         match connect(&config).await {
-            Ok((stream, rest)) => {
+            Ok((mut stream, reader)) => {
                 pause = RETRY.0;
                 told.clear();
                 queue.chunks.borrow_mut().clear();
                 queue.up.set(true);
                 events.up(config.node);
-                let error = serve(&config, &stream, rest, queue, events).await;
+                let error = serve(&config, &mut stream, reader, queue, events).await;
                 queue.up.set(false);
                 queue.chunks.borrow_mut().clear();
                 tracing::warn!(node = %config.node, volume = %config.volume, %error, "link lost");
@@ -120,37 +120,25 @@ pub async fn run(config: LinkConfig, queue: &LinkQueue, events: &dyn LinkEvents)
     }
 }
 
-async fn connect(config: &LinkConfig) -> Result<(TcpStream, BytesMut), LinkError> {
+async fn connect(config: &LinkConfig) -> Result<(TcpStream, FrameReader), LinkError> {
     let greeted = async {
-        let stream = TcpStream::connect(&config.addr).await?;
-        stream.set_nodelay(true)?;
+        let mut stream = TcpStream::connect(&config.addr).await?;
+        proto::socket::tune(&stream)?;
         let hello = Request::Hello {
             role: PeerRole::Gateway,
             cluster: config.cluster,
             volume: config.volume,
             name: config.name.clone(),
         };
-        let mut frame = hello.encode(0, AttachId::default(), 0).head;
-        while frame.has_remaining() {
-            stream.writable().await?;
-            match stream.try_write(&frame) {
-                Ok(n) => frame.advance(n),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        let mut buffer = BytesMut::with_capacity(READ_ROOM);
+        stream.write_all(&hello.encode(0, AttachId::default(), 0).head).await?;
+        let mut reader = FrameReader::default();
         loop {
-            stream.readable().await?;
-            match stream.try_read_buf(&mut buffer) {
-                Ok(0) => return Err(LinkError::Closed),
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(e) => return Err(e.into()),
+            if stream.read_buf(&mut reader.space()).await? == 0 {
+                return Err(LinkError::Closed);
             }
-            if let Some((header, reply)) = take_reply(&mut buffer)? {
+            if let Some((header, reply)) = take_reply(&mut reader)? {
                 return match reply {
-                    Reply::Done(Kind::Hello) => Ok((stream, buffer)),
+                    Reply::Done(Kind::Hello) => Ok((stream, reader)),
                     Reply::Failed { code, .. } => Err(LinkError::Refused(code)),
                     _ => Err(FrameError::Kind(header.kind as u8).into()),
                 };
@@ -160,88 +148,104 @@ async fn connect(config: &LinkConfig) -> Result<(TcpStream, BytesMut), LinkError
     tokio::time::timeout(CONNECT, greeted).await.unwrap_or(Err(LinkError::Connect))
 }
 
-/// Takes one whole reply off the front of the buffer, if it is there; its payload shares the buffer's memory.
-fn take_reply(buffer: &mut BytesMut) -> Result<Option<(Header, Reply)>, FrameError> {
-    let Some(head) = buffer.first_chunk::<HEADER_LEN>() else { return Ok(None) };
-    let header = Header::decode(head)?;
+/// The next whole reply, if it is there.
+fn take_reply(reader: &mut FrameReader) -> Result<Option<(Header, Reply)>, FrameError> {
+    let Some(RawFrame { header, body, payload }) = reader.next()? else { return Ok(None) };
     if !header.is_reply {
         return Err(FrameError::Malformed("a request where a reply belongs"));
     }
-    let (body, payload) = (header.body_len as usize, header.payload_len as usize);
-    let whole = HEADER_LEN + body + payload;
-    if buffer.len() < whole {
-        buffer.reserve(whole - buffer.len());
-        return Ok(None);
-    }
-    let mut frame = buffer.split_to(whole).freeze();
-    let payload = frame.split_off(HEADER_LEN + body);
-    let reply = Reply::decode(&header, &frame[HEADER_LEN..], payload)?;
+    let reply = Reply::decode(&header, &body, payload)?;
     Ok(Some((header, reply)))
 }
 
 async fn serve(
     config: &LinkConfig,
-    stream: &TcpStream,
-    mut buffer: BytesMut,
+    stream: &mut TcpStream,
+    mut reader: FrameReader,
     queue: &LinkQueue,
     events: &dyn LinkEvents,
 ) -> LinkError {
     let mut live = Liveness::new(now_ms());
-    let mut look = tokio::time::interval(LOOK);
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut look = pin!(tokio::time::sleep(Duration::ZERO));
     let mut replies = Vec::new();
+    let (mut incoming, outgoing) = stream.split();
     loop {
-        let blocked = match send_queued(stream, queue) {
+        let blocked = match send_queued(&outgoing, queue) {
             Ok(blocked) => blocked,
             Err(error) => return error.into(),
         };
-        let interest = if blocked { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
         tokio::select! {
-            ready = stream.ready(interest) => {
-                if let Err(error) = ready {
-                    return error.into();
+            biased;
+            read = async { incoming.read_buf(&mut reader.space()).await } => match read {
+                Ok(0) => return LinkError::Closed,
+                Ok(_) => {}
+                Err(error) => return error.into(),
+            },
+            () = queue.wake.notified() => continue,
+            ready = outgoing.writable(), if blocked => match ready {
+                Ok(()) => continue,
+                Err(error) => return error.into(),
+            },
+            () = &mut look => {
+                let now = now_ms();
+                match live.look(now) {
+                    Due::GiveUp => return LinkError::Silent,
+                    Due::Ping => queue.push(Request::Ping.encode(0, AttachId::default(), 0)),
+                    Due::Nothing => {}
                 }
-                for _ in 0..READS_PER_TURN {
-                    if buffer.capacity() - buffer.len() < READ_ROOM / 4 {
-                        buffer.reserve(READ_ROOM);
-                    }
-                    match stream.try_read_buf(&mut buffer) {
-                        Ok(0) => return LinkError::Closed,
-                        Ok(_) => {}
-                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                        Err(e) => return e.into(),
-                    }
-                    loop {
-                        match take_reply(&mut buffer) {
-                            Ok(Some(reply)) if reply.0.kind == Kind::Ping => {}
-                            Ok(Some(reply)) => replies.push(reply),
-                            Ok(None) => break,
-                            Err(error) => return error.into(),
-                        }
-                    }
-                    live.heard(now_ms());
-                    if !replies.is_empty() {
-                        events.replies(config.node, &mut replies);
-                        replies.clear();
-                    }
+                look.as_mut().reset(Instant::now() + Duration::from_millis(live.next().saturating_sub(now).max(1)));
+                continue;
+            }
+        }
+        // What else has come: a read that filled its space is followed by another.
+        let mut reads = READS_PER_TURN;
+        loop {
+            loop {
+                match take_reply(&mut reader) {
+                    Ok(Some(reply)) if reply.0.kind == Kind::Ping => {}
+                    Ok(Some(reply)) => replies.push(reply),
+                    Ok(None) => break,
+                    Err(error) => return error.into(),
                 }
             }
-            () = queue.wake.notified() => {}
-            _ = look.tick() => match live.look(now_ms()) {
-                Due::GiveUp => return LinkError::Silent,
-                Due::Ping => queue.push(Request::Ping.encode(0, AttachId::default(), 0)),
-                Due::Nothing => {}
+            reads -= 1;
+            if reads == 0 {
+                break;
             }
+            let mut space = reader.space();
+            match now_or_never(incoming.read_buf(&mut space)).await {
+                None => break,
+                Some(Ok(0)) => return LinkError::Closed,
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return error.into(),
+            }
+        }
+        live.heard(now_ms());
+        if !replies.is_empty() {
+            events.replies(config.node, &mut replies);
+            replies.clear();
         }
     }
 }
 
+/// What the future gives at once, if it does.
+async fn now_or_never<T>(future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(value) => Poll::Ready(Some(value)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
 /// Sends what is queued; true if the socket takes no more for now.
-fn send_queued(stream: &TcpStream, queue: &LinkQueue) -> io::Result<bool> {
+fn send_queued(stream: &WriteHalf<'_>, queue: &LinkQueue) -> io::Result<bool> {
     let mut chunks = queue.chunks.borrow_mut();
     while !chunks.is_empty() {
-        let slices: Vec<IoSlice<'_>> = chunks.iter().take(MAX_SLICES).map(|c| IoSlice::new(c)).collect();
-        let mut sent = match stream.try_write_vectored(&slices) {
+        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+        let n = chunks.len().min(MAX_SLICES);
+        slices.iter_mut().zip(chunks.iter()).for_each(|(slice, bytes)| *slice = IoSlice::new(bytes));
+        let mut sent = match stream.try_write_vectored(&slices[..n]) {
             Ok(n) => n,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
             Err(e) => return Err(e),

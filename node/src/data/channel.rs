@@ -5,19 +5,17 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::rc::Rc;
 
-use bytes::{Buf, Bytes, BytesMut};
-use proto::frame::{Encoded, FrameError, HEADER_LEN, Header, PeerRole, Request};
+use bytes::{Buf, Bytes};
+use proto::frame::{Encoded, FrameError, FrameReader, Header, PeerRole, RawFrame, Request};
 use proto::id::VolumeId;
-use tokio::io::Interest;
-use tokio::net::TcpStream;
+use tokio::io::AsyncReadExt;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
 
 use super::now_ms;
 use super::shard::{ReplicaCell, Shard};
 use crate::replica::ConnId;
 
-/// Room made for each read from a socket.
-const READ_ROOM: usize = 128 << 10;
 /// Reads of one connection before others have their turn.
 const READS_PER_TURN: usize = 4;
 /// Slices of one vectored write.
@@ -36,7 +34,7 @@ pub(super) struct Conn {
     pub(super) role: PeerRole,
     pub(super) volume: VolumeId,
     pub(super) name: String,
-    stream: TcpStream,
+    stream: OwnedWriteHalf,
     out: RefCell<VecDeque<Bytes>>,
     out_bytes: Cell<usize>,
     /// Block data of large requests in flight.
@@ -51,7 +49,7 @@ pub(super) struct Conn {
 }
 
 impl Conn {
-    pub(super) fn new(id: ConnId, role: PeerRole, volume: VolumeId, name: String, stream: TcpStream) -> Self {
+    pub(super) fn new(id: ConnId, role: PeerRole, volume: VolumeId, name: String, stream: OwnedWriteHalf) -> Self {
         Self {
             id,
             role,
@@ -160,40 +158,21 @@ enum End {
     Closing,
 }
 
-/// Takes one whole request off the front of the buffer, if it is there; its payload shares the buffer's memory.
+/// The next whole request, if it is there.
 ///
 /// # Errors
 /// The connection is to be closed.
-pub(super) fn take_request(buffer: &mut BytesMut) -> Result<Option<(Header, Request)>, FrameError> {
-    let Some(header) = peek(buffer)? else { return Ok(None) };
+pub(super) fn take_request(reader: &mut FrameReader) -> Result<Option<(Header, Request)>, FrameError> {
+    let Some(RawFrame { header, body, payload }) = reader.next()? else { return Ok(None) };
     if header.is_reply {
         return Err(FrameError::Malformed("a reply where a request belongs"));
     }
-    let Some((body, payload)) = take(buffer, &header) else { return Ok(None) };
     Ok(Some((header, Request::decode(&header, &body, payload)?)))
 }
 
-/// The header at the front of the buffer.
-pub(super) fn peek(buffer: &BytesMut) -> Result<Option<Header>, FrameError> {
-    buffer.first_chunk::<HEADER_LEN>().map(Header::decode).transpose()
-}
-
-/// Body and payload of the frame at the front, once all of it is there; otherwise makes room for the rest.
-pub(super) fn take(buffer: &mut BytesMut, header: &Header) -> Option<(Bytes, Bytes)> {
-    let (body, payload) = (header.body_len as usize, header.payload_len as usize);
-    let whole = HEADER_LEN + body + payload;
-    if buffer.len() < whole {
-        buffer.reserve(whole - buffer.len());
-        return None;
-    }
-    let mut frame = buffer.split_to(whole).freeze();
-    let payload = frame.split_off(HEADER_LEN + body);
-    Some((frame.split_off(HEADER_LEN), payload))
-}
-
-/// Serves a greeted connection until it ends. `buffer` holds what came after the greeting.
-pub(super) async fn serve(shard: Shard, conn: Rc<Conn>, buffer: BytesMut) {
-    let end = run(&shard, &conn, buffer).await;
+/// Serves a greeted connection until it ends. `reader` holds what came after the greeting.
+pub(super) async fn serve(shard: Shard, conn: Rc<Conn>, incoming: OwnedReadHalf, reader: FrameReader) {
+    let end = run(&shard, &conn, incoming, reader).await;
     let (volume, peer) = (conn.volume, &conn.name);
     match end {
         End::Frame(error) => tracing::warn!(%volume, peer, %error, "bad frame: connection closed"),
@@ -202,73 +181,51 @@ pub(super) async fn serve(shard: Shard, conn: Rc<Conn>, buffer: BytesMut) {
     shard.lost(&conn);
 }
 
-async fn run(shard: &Shard, conn: &Rc<Conn>, mut buffer: BytesMut) -> End {
+async fn run(shard: &Shard, conn: &Rc<Conn>, mut incoming: OwnedReadHalf, mut reader: FrameReader) -> End {
     let mut requests = Vec::new();
-    // Pipelined behind the greeting.
-    if let Err(end) = take_all(shard, conn, &mut buffer, &mut requests) {
-        return end;
-    }
+    let mut reads = 0;
     loop {
-        if conn.closing.get() {
-            return End::Closing;
+        // First of all what came behind the greeting.
+        if let Err(end) = take_all(shard, conn, &mut reader, &mut requests) {
+            return end;
         }
-        let blocked = conn.out_bytes.get() > 0;
-        let interest = match (conn.may_read(), blocked) {
-            (true, false) => Interest::READABLE,
-            (true, true) => Interest::READABLE | Interest::WRITABLE,
-            (false, true) => Interest::WRITABLE,
-            (false, false) => {
-                conn.wake.notified().await;
-                continue;
-            }
-        };
-        let ready = tokio::select! {
-            ready = conn.stream.ready(interest) => match ready {
-                Ok(ready) => ready,
-                Err(error) => return error.into(),
-            },
-            () = conn.wake.notified() => continue,
-        };
-        if ready.is_writable()
-            && let Err(error) = conn.send()
-        {
-            return error.into();
+        reads += 1;
+        if reads % READS_PER_TURN == 0 {
+            // Others on this thread have their turn, their disks and sockets among them.
+            tokio::task::yield_now().await;
         }
-        if !ready.is_readable() && !ready.is_read_closed() {
-            continue;
-        }
-        for _ in 0..READS_PER_TURN {
-            if !conn.may_read() {
-                break;
+        loop {
+            if conn.closing.get() {
+                return End::Closing;
             }
-            if buffer.capacity() - buffer.len() < READ_ROOM / 8 {
-                buffer.reserve(READ_ROOM);
-            }
-            match conn.stream.try_read_buf(&mut buffer) {
-                Ok(0) => return End::Closed,
-                Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return e.into(),
-            }
-            if let Err(end) = take_all(shard, conn, &mut buffer, &mut requests) {
-                return end;
+            // A read that did not fill its space was the last for now, and knows it: no system call says so again.
+            tokio::select! {
+                biased;
+                read = async { incoming.read_buf(&mut reader.space()).await }, if conn.may_read() => match read {
+                    Ok(0) => return End::Closed,
+                    Ok(_) => break,
+                    Err(error) => return error.into(),
+                },
+                ready = conn.stream.writable(), if conn.out_bytes.get() > 0 => {
+                    if let Err(error) = ready.and_then(|()| conn.send()) {
+                        return error.into();
+                    }
+                }
+                () = conn.wake.notified() => {}
             }
         }
-        // Others on this thread have their turn, their disks and sockets among them.
-        tokio::task::yield_now().await;
     }
 }
 
-/// Hands every whole request in the buffer to the shard, in one batch. What came before a bad frame still counts.
+/// Hands every whole request that has come to the shard, in one batch. What came before a bad frame still counts.
 fn take_all(
     shard: &Shard,
     conn: &Rc<Conn>,
-    buffer: &mut BytesMut,
+    reader: &mut FrameReader,
     requests: &mut Vec<(Header, Request)>,
 ) -> Result<(), End> {
     let ended = loop {
-        match take_request(buffer) {
+        match take_request(reader) {
             Ok(Some((header, request))) => {
                 conn.count(&header, &request);
                 requests.push((header, request));

@@ -2,18 +2,19 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{self, IoSlice};
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
-use proto::frame::{Code, CopyTarget, FrameError, Kind, PeerRole, Reply, Request};
+use bytes::Buf;
+use proto::frame::{Code, CopyTarget, FrameError, FrameReader, Kind, PeerRole, RawFrame, Reply, Request};
 use proto::id::{AttachId, ClusterId, VolumeId};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::channel::{peek, take};
 use super::shard::{ReplicaCell, Shard};
 use crate::replica::{CopyError, CopyToken};
 
@@ -111,8 +112,8 @@ enum PeerError {
 /// Connects, sends until there is nothing left or something fails, and tells everyone who still waits.
 async fn run(shard: Shard, cluster: ClusterId, key: (String, VolumeId), peer: Rc<Peer>) {
     let ended = async {
-        let (stream, buffer) = connect(cluster, &key).await?;
-        serve(&shard, &stream, buffer, &peer).await
+        let (mut stream, mut reader) = connect(cluster, &key).await?;
+        serve(&shard, &mut stream, &mut reader, &peer).await
     }
     .await;
     if let Err(error) = ended {
@@ -127,17 +128,19 @@ async fn run(shard: Shard, cluster: ClusterId, key: (String, VolumeId), peer: Rc
         .copies_ended(lost.into_iter().map(|(cell, g, token)| (cell, g, token, Err(CopyError::Unreachable))).collect());
 }
 
-async fn connect(cluster: ClusterId, key: &(String, VolumeId)) -> Result<(TcpStream, BytesMut), PeerError> {
+async fn connect(cluster: ClusterId, key: &(String, VolumeId)) -> Result<(TcpStream, FrameReader), PeerError> {
     let greeted = async {
-        let stream = TcpStream::connect(&key.0).await?;
-        stream.set_nodelay(true)?;
+        let mut stream = TcpStream::connect(&key.0).await?;
+        proto::socket::tune(&stream)?;
         let hello = Request::Hello { role: PeerRole::Node, cluster, volume: key.1, name: "a node".to_owned() };
-        write_all(&stream, hello.encode(0, AttachId::default(), 0).head).await?;
-        let mut buffer = BytesMut::with_capacity(4096);
+        stream.write_all(&hello.encode(0, AttachId::default(), 0).head).await?;
+        let mut reader = FrameReader::default();
         loop {
-            read_some(&stream, &mut buffer).await?;
-            match take_reply(&mut buffer)? {
-                Some((_, Reply::Done(Kind::Hello))) => return Ok((stream, buffer)),
+            if stream.read_buf(&mut reader.space()).await? == 0 {
+                return Err(PeerError::Closed);
+            }
+            match take_reply(&mut reader)? {
+                Some((_, Reply::Done(Kind::Hello))) => return Ok((stream, reader)),
                 Some((_, Reply::Failed { code, .. })) => return Err(PeerError::Refused(code)),
                 Some(_) => return Err(FrameError::Malformed("a greeting that is none").into()),
                 None => {}
@@ -147,45 +150,17 @@ async fn connect(cluster: ClusterId, key: &(String, VolumeId)) -> Result<(TcpStr
     tokio::time::timeout(CONNECT, greeted).await.unwrap_or(Err(PeerError::Connect))
 }
 
-async fn write_all(stream: &TcpStream, mut bytes: impl Buf) -> io::Result<()> {
-    while bytes.has_remaining() {
-        stream.writable().await?;
-        let mut slices = [IoSlice::new(&[]); 2];
-        let n = bytes.chunks_vectored(&mut slices);
-        match stream.try_write_vectored(&slices[..n]) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(n) => bytes.advance(n),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-async fn read_some(stream: &TcpStream, buffer: &mut BytesMut) -> Result<(), PeerError> {
-    loop {
-        stream.readable().await?;
-        buffer.reserve(4096);
-        match stream.try_read_buf(buffer) {
-            Ok(0) => return Err(PeerError::Closed),
-            Ok(_) => return Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-}
-
-fn take_reply(buffer: &mut BytesMut) -> Result<Option<(u64, Reply)>, FrameError> {
-    let Some(header) = peek(buffer)? else { return Ok(None) };
+fn take_reply(reader: &mut FrameReader) -> Result<Option<(u64, Reply)>, FrameError> {
+    let Some(RawFrame { header, body, payload }) = reader.next()? else { return Ok(None) };
     if !header.is_reply {
         return Err(FrameError::Malformed("a request where a reply belongs"));
     }
-    let Some((body, payload)) = take(buffer, &header) else { return Ok(None) };
     Ok(Some((header.tag, Reply::decode(&header, &body, payload)?)))
 }
 
 /// Returns when nothing has been sent for a while.
-async fn serve(shard: &Shard, stream: &TcpStream, mut buffer: BytesMut, peer: &Peer) -> Result<(), PeerError> {
+async fn serve(shard: &Shard, stream: &mut TcpStream, reader: &mut FrameReader, peer: &Peer) -> Result<(), PeerError> {
+    let (mut incoming, mut outgoing) = stream.split();
     let mut used = Instant::now();
     loop {
         let until = peer.sent.borrow().values().map(|s| s.until).min();
@@ -194,14 +169,14 @@ async fn serve(shard: &Shard, stream: &TcpStream, mut buffer: BytesMut, peer: &P
             used = Instant::now();
             // Reading goes on while the peer takes nothing more, or both sides could wait for each other.
             tokio::select! {
-                sent = send_queued(stream, peer) => sent?,
-                failed = read_forever(shard, stream, &mut buffer, peer) => failed?,
+                sent = send_queued(&mut outgoing, peer) => sent?,
+                failed = read_forever(shard, &mut incoming, reader, peer) => failed?,
                 () = tokio::time::sleep(ANSWER) => return Err(PeerError::Silent),
             }
             continue;
         }
         tokio::select! {
-            failed = read_forever(shard, stream, &mut buffer, peer) => failed?,
+            failed = read_forever(shard, &mut incoming, reader, peer) => failed?,
             () = peer.wake.notified() => {}
             () = tokio::time::sleep_until(until.unwrap_or(idle)) => {
                 if peer.queue.borrow().is_empty() && peer.sent.borrow().is_empty() && Instant::now() >= idle {
@@ -215,7 +190,7 @@ async fn serve(shard: &Shard, stream: &TcpStream, mut buffer: BytesMut, peer: &P
     }
 }
 
-async fn send_queued(stream: &TcpStream, peer: &Peer) -> Result<(), PeerError> {
+async fn send_queued(stream: &mut WriteHalf<'_>, peer: &Peer) -> Result<(), PeerError> {
     loop {
         let Some(copy) = peer.queue.borrow_mut().pop_front() else { return Ok(()) };
         let tag = peer.next_tag.get() + 1;
@@ -223,15 +198,22 @@ async fn send_queued(stream: &TcpStream, peer: &Peer) -> Result<(), PeerError> {
         let frame = copy.request.encode(0, copy.attach, tag);
         let Copy { cell, generation, token, .. } = copy;
         peer.sent.borrow_mut().insert(tag, Sent { cell, generation, token, until: Instant::now() + ANSWER });
-        write_all(stream, frame.head.chain(frame.payload)).await?;
+        stream.write_all_buf(&mut frame.head.chain(frame.payload)).await?;
     }
 }
 
-async fn read_forever(shard: &Shard, stream: &TcpStream, buffer: &mut BytesMut, peer: &Peer) -> Result<(), PeerError> {
+async fn read_forever(
+    shard: &Shard,
+    stream: &mut ReadHalf<'_>,
+    reader: &mut FrameReader,
+    peer: &Peer,
+) -> Result<(), PeerError> {
     loop {
-        read_some(stream, buffer).await?;
+        if stream.read_buf(&mut reader.space()).await? == 0 {
+            return Err(PeerError::Closed);
+        }
         let mut ended = Vec::new();
-        while let Some((tag, reply)) = take_reply(buffer)? {
+        while let Some((tag, reply)) = take_reply(reader)? {
             let Some(Sent { cell, generation, token, .. }) = peer.sent.borrow_mut().remove(&tag) else {
                 return Err(FrameError::Malformed("an answer to nothing").into());
             };

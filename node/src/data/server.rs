@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
-use proto::frame::{Code, FrameError, Kind, Reply, Request};
+use proto::frame::{Code, FrameError, FrameReader, Kind, Reply, Request};
 use proto::id::{AttachId, ClusterId};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 
@@ -73,18 +73,18 @@ fn log(peer: SocketAddr, error: &GreetingError) {
     }
 }
 
-async fn greet(stream: TcpStream, cluster: ClusterId, threads: &[mpsc::Sender<Command>]) -> Result<(), GreetingError> {
-    stream.set_nodelay(true)?;
-    let mut buffer = BytesMut::with_capacity(MAX_GREETING);
+async fn greet(
+    mut stream: TcpStream,
+    cluster: ClusterId,
+    threads: &[mpsc::Sender<Command>],
+) -> Result<(), GreetingError> {
+    proto::socket::tune(&stream)?;
+    let mut reader = FrameReader::default();
     let (header, request) = loop {
-        stream.readable().await?;
-        match stream.try_read_buf(&mut buffer) {
-            Ok(0) => return Err(GreetingError::Closed),
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(e) => return Err(e.into()),
+        if stream.read_buf(&mut reader.space()).await? == 0 {
+            return Err(GreetingError::Closed);
         }
-        if let Some(header) = super::channel::peek(&buffer)? {
+        if let Some(header) = reader.peek()? {
             if header.kind != Kind::Hello || header.is_reply {
                 return Err(GreetingError::NotHello(header.kind));
             }
@@ -92,7 +92,7 @@ async fn greet(stream: TcpStream, cluster: ClusterId, threads: &[mpsc::Sender<Co
                 return Err(FrameError::Malformed("greeting").into());
             }
         }
-        if let Some(request) = take_request(&mut buffer)? {
+        if let Some(request) = take_request(&mut reader)? {
             break request;
         }
     };
@@ -101,23 +101,11 @@ async fn greet(stream: TcpStream, cluster: ClusterId, threads: &[mpsc::Sender<Co
     };
     if theirs != cluster {
         let refusal = Reply::Failed { kind: Kind::Hello, code: Code::UnknownReplica, block: 0 };
-        write_all(&stream, refusal.encode(header.channel, AttachId::default(), header.tag).head).await?;
+        stream.write_all(&refusal.encode(header.channel, AttachId::default(), header.tag).head).await?;
         return Err(GreetingError::OtherCluster(theirs));
     }
     let thread = &threads[thread_of(volume, threads.len())];
     let hello = Hello { role, volume, name, tag: header.tag };
-    let adopt = Command::Adopt { stream: stream.into_std()?, hello, rest: buffer };
+    let adopt = Command::Adopt { stream: stream.into_std()?, hello, rest: reader };
     thread.send(adopt).await.map_err(|_| GreetingError::Closed)
-}
-
-async fn write_all(stream: &TcpStream, mut bytes: Bytes) -> io::Result<()> {
-    while bytes.has_remaining() {
-        stream.writable().await?;
-        match stream.try_write(&bytes) {
-            Ok(n) => bytes.advance(n),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }

@@ -9,8 +9,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::BytesMut;
-use proto::frame::{Code, Header, Kind, PeerRole, Reply, Request};
+use proto::frame::{Code, FrameReader, Header, Kind, PeerRole, Reply, Request};
 use proto::id::{AttachId, ClusterId, Incarnation, ReplicaId, VolumeId};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -27,6 +26,8 @@ use crate::store::{Engine, EngineKind, Finished, ReplicaFiles};
 
 /// How often cores are told the time.
 const TICK: Duration = Duration::from_millis(200);
+/// Buffers that were not needed for so many ticks are freed.
+const RELEASE_TICKS: u32 = 5;
 /// A connection's replicas are told at most this often that it lives, beyond what they see themselves.
 const TELL_MS: u64 = 400;
 /// Pages of the block map that all replicas of the process keep in memory together: about 34 MiB.
@@ -43,7 +44,7 @@ const MAX_CONNS: usize = 1024;
 /// What a data thread is told by others.
 pub(super) enum Command {
     /// A connection that has sent its greeting.
-    Adopt { stream: std::net::TcpStream, hello: Hello, rest: BytesMut },
+    Adopt { stream: std::net::TcpStream, hello: Hello, rest: FrameReader },
     /// A replica's files are ready: it is made or opened.
     Open { spec: ReplicaSpec, files: ReplicaFiles, how: How, done: oneshot::Sender<Result<(), Failed>> },
     /// What is known of a replica; `None`: it is not here.
@@ -154,6 +155,7 @@ struct Thread {
     replied: Vec<Rc<Conn>>,
     peers: Peers,
     out: Vec<Output>,
+    ticks: u32,
 }
 
 /// Runs a data thread until it is told to end; inside a `LocalSet`.
@@ -187,6 +189,7 @@ pub(super) async fn run(
             replied: Vec::new(),
             peers: Peers::default(),
             out: Vec::new(),
+            ticks: 0,
         })
     }));
     let disks = shard.clone();
@@ -209,7 +212,7 @@ pub(super) async fn run(
                 None => return shard.shutdown().await,
             },
             _ = stopped.changed() => return shard.shutdown().await,
-            _ = tick.tick() => shard.with(Thread::tick),
+            _ = tick.tick(), if !shard.with(|thread| thread.replicas.is_empty()) => shard.with(Thread::tick),
         }
     }
 }
@@ -272,15 +275,16 @@ impl Shard {
         }
     }
 
-    fn adopt(&self, stream: std::net::TcpStream, hello: Hello, rest: BytesMut) {
+    fn adopt(&self, stream: std::net::TcpStream, hello: Hello, rest: FrameReader) {
         let stream = match TcpStream::from_std(stream) {
             Ok(stream) => stream,
             Err(error) => return tracing::warn!(%error, "connection lost on its way to its thread"),
         };
+        let (incoming, outgoing) = stream.into_split();
         let conn = self.with(|thread| {
             thread.next_conn += 1;
             let id = ConnId(thread.next_conn);
-            let conn = Rc::new(Conn::new(id, hello.role, hello.volume, hello.name, stream));
+            let conn = Rc::new(Conn::new(id, hello.role, hello.volume, hello.name, outgoing));
             if thread.conns.len() >= MAX_CONNS {
                 tracing::warn!(limit = MAX_CONNS, "too many connections: one more is closed");
                 return None;
@@ -291,7 +295,7 @@ impl Shard {
             Some(conn)
         });
         if let Some(conn) = conn {
-            tokio::task::spawn_local(channel::serve(self.clone(), conn, rest));
+            tokio::task::spawn_local(channel::serve(self.clone(), conn, incoming, rest));
         }
     }
 
@@ -387,6 +391,10 @@ impl Thread {
             }
         }
         self.pump();
+        self.ticks = self.ticks.wrapping_add(1);
+        if self.ticks.is_multiple_of(RELEASE_TICKS) {
+            proto::buffer::release_idle();
+        }
     }
 
     fn heard(&mut self, conn: &Rc<Conn>) {

@@ -159,7 +159,7 @@ impl ReplicaCore {
                 return self.fail(op, Code::Checksum, block.0, out);
             }
         }
-        self.finish(op, Reply::Read { block, sums: map.sums, data: bytes.into() }, out);
+        self.finish(op, Reply::Read { block, sums: map.sums, data: proto::buffer::freeze(bytes) }, out);
     }
 
     pub(super) fn write(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {

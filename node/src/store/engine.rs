@@ -11,7 +11,7 @@ use super::{FilePair, ReplicaFiles, describe, outcome};
 use crate::replica::{DiskData, DiskError, DiskIo};
 
 /// Writes up to this many bytes are copied into the page cache in place.
-const IN_PLACE_WRITE: usize = 64 << 10;
+const IN_PLACE_WRITE: usize = 1 << 20;
 /// Reads up to this many bytes are tried from the page cache in place.
 const IN_PLACE_READ: u32 = 256 << 10;
 /// A write in place that takes longer than this was throttled.

@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use proto::buffer;
 use proto::id::ReplicaId;
 use rustix::fs::{Advice, FallocateFlags, FlockOperation};
 use rustix::io::{Errno, ReadWriteFlags};
@@ -141,17 +142,16 @@ impl FilePair {
     pub fn execute(&self, io: &DiskIo) -> io::Result<DiskData> {
         match io {
             DiskIo::Read { file, offset, len } => {
-                let mut bytes = Vec::with_capacity(*len as usize);
-                while bytes.len() < *len as usize {
-                    let at = offset + bytes.len() as u64;
-                    match rustix::io::pread(self.file(*file), rustix::buffer::spare_capacity(&mut bytes), at) {
+                let mut bytes = buffer::take_filled(*len as usize);
+                let mut done = 0;
+                while done < bytes.len() {
+                    match rustix::io::pread(self.file(*file), &mut bytes[done..], offset + done as u64) {
                         Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                        Ok(_) | Err(Errno::INTR) => {}
+                        Ok(n) => done += n,
+                        Err(Errno::INTR) => {}
                         Err(error) => return Err(error.into()),
                     }
                 }
-                // The allocator may have given more than was asked for.
-                bytes.truncate(*len as usize);
                 Ok(DiskData::Read(bytes))
             }
             DiskIo::Write { file, offset, bytes } => {
@@ -172,11 +172,14 @@ impl FilePair {
 
     /// Reads what is in the page cache; `None`: not all of it is.
     pub(crate) fn read_cached(&self, file: FileKind, offset: u64, len: u32) -> Option<Vec<u8>> {
-        let mut bytes = vec![0; len as usize];
+        let mut bytes = buffer::take_filled(len as usize);
         let mut slices = [IoSliceMut::new(&mut bytes)];
         match rustix::io::preadv2(self.file(file), &mut slices, offset, ReadWriteFlags::NOWAIT) {
             Ok(n) if n == len as usize => Some(bytes),
-            _ => None,
+            _ => {
+                drop(buffer::freeze(bytes));
+                None
+            }
         }
     }
 }

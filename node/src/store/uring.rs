@@ -45,7 +45,7 @@ struct Running {
     number: u64,
     files: Arc<FilePair>,
     io: DiskIo,
-    /// A read's buffer; its capacity is what was asked for.
+    /// A read's buffer, with room for what was asked for.
     bytes: Vec<u8>,
     /// Bytes read or written so far.
     done: usize,
@@ -108,7 +108,7 @@ impl UringEngine {
             let Some(slot) = self.free.pop() else { return };
             let (number, files, io) = self.waiting.pop_front().expect("seen above");
             let len = if let DiskIo::Read { len, .. } = &io { *len as usize } else { 0 };
-            self.slots[slot as usize] = Some(Running { number, files, io, bytes: Vec::with_capacity(len), done: 0 });
+            self.slots[slot as usize] = Some(Running { number, files, io, bytes: proto::buffer::take(len), done: 0 });
             self.push(slot);
         }
     }

@@ -22,6 +22,7 @@
 
 mod body;
 mod header;
+mod reader;
 mod reply;
 mod request;
 #[cfg(test)]
@@ -29,6 +30,7 @@ mod tests;
 
 pub use body::{block_sum, block_sums, zero_block_sum};
 pub use header::{FLAG_FUA, HEADER_LEN, Header, REPLY_BIT};
+pub use reader::{FrameReader, RawFrame};
 pub use reply::{AttachInfo, BlockHash, Code, RegionWindow, Reply, WhatNext};
 pub use request::{CleanEntry, CopyTarget, Kind, PeerRole, Request, SetView};
 

@@ -183,7 +183,7 @@ impl Bench {
                     let room = space.remaining_mut().min(left.len());
                     space.put_slice(&left[..room]);
                     left = &left[room..];
-                    while let Some(pdu) = self.initiator.next(|_| BytesMut::new()).expect("a stream that can be read") {
+                    while let Some(pdu) = self.initiator.next(|_| Vec::new()).expect("a stream that can be read") {
                         assert!(pdu.digest_ok, "a wrong digest was sent");
                         heard(&pdu, &mut self.wanted, &mut self.statuses, seen);
                     }
@@ -396,7 +396,7 @@ enum Greeted {
 /// Takes what has come in the login phase.
 fn greet(login: &mut Login, receiver: &mut Receiver, seen: &mut Seen) -> Greeted {
     loop {
-        let pdu = match receiver.next(|_| BytesMut::new()) {
+        let pdu = match receiver.next(|_| Vec::new()) {
             Ok(Some(pdu)) => pdu,
             Ok(None) => return Greeted::Waits,
             Err(error) => {

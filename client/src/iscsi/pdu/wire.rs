@@ -12,13 +12,18 @@ use super::{BHS_LEN, Bhs};
 /// What the read buffer is refilled by: many small PDUs arrive with one system call.
 const READ_CHUNK: usize = 64 * 1024;
 
+/// After a data segment of so many bytes another one is likely: no more than [`PEEK`] bytes are then read into the read
+/// buffer, from where they must be copied.
+const LARGE: usize = 32 * 1024;
+const PEEK: usize = 2 * 1024;
+
 /// From so many missing bytes on, the data segment is read straight into its destination.
 const DIRECT_READ: usize = 4 * 1024;
 
 /// What is reserved for a data segment that has no destination of its own, before its bytes come.
 const CONTROL_RESERVE: usize = 8 * 1024;
 
-const _: () = assert!(READ_CHUNK > BHS_LEN + 1020 + 4 + 7 && DIRECT_READ <= READ_CHUNK);
+const _: () = assert!(PEEK > BHS_LEN + 1020 + 4 + 7 && PEEK <= READ_CHUNK / 4 && DIRECT_READ <= READ_CHUNK);
 
 /// Which digests a connection carries (RFC 7143 §13.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,7 +42,7 @@ pub struct Pdu {
     /// Additional header segments, raw.
     pub ahs: Bytes,
     /// Where the data segment went: the buffer that `place` gave, with the segment appended.
-    pub data: BytesMut,
+    pub data: Vec<u8>,
     /// Where in `data` the segment begins.
     pub start: usize,
     /// Whether the data digest, if there is one, matches.
@@ -71,7 +76,7 @@ pub enum WireError {
 
 enum State {
     Header,
-    Data { bhs: Bhs, ahs: Bytes, data: BytesMut, start: usize, missing: usize },
+    Data { bhs: Bhs, ahs: Bytes, data: Vec<u8>, start: usize, missing: usize },
 }
 
 /// The receiving half of a connection.
@@ -80,29 +85,31 @@ pub struct Receiver {
     state: State,
     digests: Digests,
     limit: usize,
+    /// The last data segment was a large one.
+    after_large: bool,
 }
 
 impl Receiver {
     /// A receiver that begins with `leftover` and takes data segments of up to `limit` bytes.
     pub fn new(leftover: BytesMut, digests: Digests, limit: usize) -> Self {
-        Receiver { buffer: leftover, state: State::Header, digests, limit }
+        Receiver { buffer: leftover, state: State::Header, digests, limit, after_large: false }
     }
 
     /// Where the driver reads into next; never without room.
-    pub fn space(&mut self) -> Limit<&mut BytesMut> {
+    pub fn space(&mut self) -> Limit<&mut (dyn BufMut + Send)> {
         if let State::Data { data, missing, .. } = &mut self.state
             && *missing >= DIRECT_READ
             && self.buffer.is_empty()
         {
             let room = *missing;
             data.reserve(room);
-            return data.limit(room);
+            return (data as &mut (dyn BufMut + Send)).limit(room);
         }
         if self.buffer.capacity() - self.buffer.len() < READ_CHUNK / 4 {
             self.buffer.reserve(READ_CHUNK);
         }
-        let room = self.buffer.capacity() - self.buffer.len();
-        (&mut self.buffer).limit(room)
+        let room = if self.after_large { PEEK } else { self.buffer.capacity() - self.buffer.len() };
+        (&mut self.buffer as &mut (dyn BufMut + Send)).limit(room)
     }
 
     /// The next whole PDU, if its last byte has come. `place` gives the buffer that a data segment is to be appended
@@ -110,7 +117,7 @@ impl Receiver {
     ///
     /// # Errors
     /// The stream has lost its meaning; call no more.
-    pub fn next(&mut self, mut place: impl FnMut(&Bhs) -> BytesMut) -> Result<Option<Pdu>, WireError> {
+    pub fn next(&mut self, mut place: impl FnMut(&Bhs) -> Vec<u8>) -> Result<Option<Pdu>, WireError> {
         loop {
             match &mut self.state {
                 State::Header => {
@@ -142,7 +149,7 @@ impl Receiver {
                     };
                     self.buffer.advance(digest);
                     if len == 0 {
-                        return Ok(Some(Pdu { bhs, ahs, data: BytesMut::new(), start: 0, digest_ok: true }));
+                        return Ok(Some(Pdu { bhs, ahs, data: Vec::new(), start: 0, digest_ok: true }));
                     }
                     let mut data = place(&bhs);
                     if data.capacity() == data.len() {
@@ -171,6 +178,7 @@ impl Receiver {
                         digest_ok = self.buffer[padding..padding + 4] == sum.to_le_bytes();
                     }
                     self.buffer.advance(padding + digest);
+                    self.after_large = len >= LARGE;
                     let State::Data { bhs, ahs, data, start, .. } = std::mem::replace(&mut self.state, State::Header)
                     else {
                         unreachable!("matched above")
@@ -369,7 +377,7 @@ mod tests {
                 *byte ^= 1;
             }
             let mut receiver = Receiver::new(BytesMut::from(&broken[..]), digests, 8192);
-            let got = receiver.next(|_| BytesMut::new()).map(|pdu| pdu.unwrap().digest_ok);
+            let got = receiver.next(|_| Vec::new()).map(|pdu| pdu.unwrap().digest_ok);
             assert_eq!(got, expected);
         }
     }
@@ -409,7 +417,7 @@ mod tests {
                 space.put_slice(&wire[at..at + n]);
                 at += n;
                 cut += 1;
-                while let Some(pdu) = receiver.next(|_| BytesMut::from(&b"x"[..])).unwrap() {
+                while let Some(pdu) = receiver.next(|_| b"x".to_vec()).unwrap() {
                     prop_assert!(pdu.digest_ok);
                     got.push(pdu.segment().to_vec());
                 }
@@ -422,7 +430,7 @@ mod tests {
             let digests = Digests { header, data: true };
             let mut receiver = Receiver::new(BytesMut::from(&bytes[..]), digests, 1024);
             for _ in 0..100 {
-                match receiver.next(|_| BytesMut::new()) {
+                match receiver.next(|_| Vec::new()) {
                     Ok(Some(pdu)) => { let _ = super::super::Request::decode(&pdu.bhs); }
                     Ok(None) | Err(_) => break,
                 }
