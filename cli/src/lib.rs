@@ -85,7 +85,12 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let daemon = matches!(cli.command, Command::Node(_) | Command::Gateway(_));
     let outcome = log_to_stderr(cli.log.as_deref(), daemon).and_then(|()| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        if daemon {
+            // Block data has threads of its own; for raft and gRPC a second one would only be woken along with the first.
+            runtime.worker_threads(1);
+        }
+        let runtime = runtime.enable_all().build();
         let runtime = runtime.map_err(|error| Failure::new(format!("cannot start threads: {error}")))?;
         let outcome = runtime.block_on(run(cli));
         // Nothing that is still running is waited for: what had to be closed has been.

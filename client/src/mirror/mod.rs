@@ -26,5 +26,5 @@ mod types;
 
 pub use range_lock::{LockOwner, RangeLocks};
 pub use region_set::RegionSet;
-pub use state::{Mirror, TICK_MS, limits};
+pub use state::{Mirror, REST_TICK_MS, TICK_MS, limits};
 pub use types::*;

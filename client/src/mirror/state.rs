@@ -19,8 +19,9 @@ use super::replay::Replay;
 use super::take_over::Settling;
 use super::types::*;
 
-/// How often [`Input::Tick`] is due, in milliseconds.
+/// How often [`Input::Tick`] is due, in milliseconds; and how often while the mirror [is at rest](Mirror::at_rest).
 pub const TICK_MS: u64 = 20;
+pub const REST_TICK_MS: u64 = 200;
 
 /// The mirror's limits (R11).
 pub mod limits {
@@ -348,6 +349,16 @@ impl Mirror {
             Input::Tick => self.time_out(now),
         }
         self.advance(now, out);
+    }
+
+    /// Whether nothing is going on and no replica is missing: what is left to the clock can wait a while.
+    pub fn at_rest(&self) -> bool {
+        self.phase == Phase::Serving
+            && self.ops.is_empty()
+            && self.sent.is_empty()
+            && self.equalising.is_empty()
+            && self.change.is_none()
+            && self.live_members() == self.all_slots()
     }
 
     /// Lets everything that can go on do so. Every part looks at the state and takes its next step.

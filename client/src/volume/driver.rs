@@ -4,8 +4,9 @@
 //! so does a batch of replies where it was read. What the core sends is queued on the links, whose tasks write it
 //! once per wake-up.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,13 +16,14 @@ use proto::frame::{Header, Reply};
 use proto::id::{ClusterId, Epoch, NodeId, RegionIndex, ReplicaId, SetVersion, VolumeId};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::session::{Ended, SessionInput, SessionOutput, VolumeSession};
 use super::stripe::Stripe;
 use crate::block::{BlockDevice, BlockRequest, CompletionSink, DeviceInfo, DeviceState};
 use crate::clock::now_ms;
 use crate::link::{self, LinkConfig, LinkEvents, LinkQueue};
-use crate::mirror::{Comparison, Event, MirrorConfig, MirrorStatus, SetDecision, StopReason, TICK_MS};
+use crate::mirror::{Comparison, Event, MirrorConfig, MirrorStatus, REST_TICK_MS, SetDecision, StopReason, TICK_MS};
 
 /// How often the volume's status is published.
 const STATUS_EVERY: u64 = 500;
@@ -93,6 +95,8 @@ pub struct Volume {
     state: watch::Sender<DeviceState>,
     events: mpsc::UnboundedSender<VolumeEvent>,
     wake: Notify,
+    /// The clock ticks slowly, until the next input.
+    rests: Cell<bool>,
 }
 
 impl Volume {
@@ -109,7 +113,15 @@ impl Volume {
             status_at: 0,
         };
         let state = watch::Sender::new(DeviceState { power_on: 0, capacity: 0, gone: false });
-        Rc::new(Self { config, inner: RefCell::new(inner), links, state, events, wake: Notify::new() })
+        Rc::new(Self {
+            config,
+            inner: RefCell::new(inner),
+            links,
+            state,
+            events,
+            wake: Notify::new(),
+            rests: Cell::new(false),
+        })
     }
 
     /// Runs the volume's links and clock and carries out commands until the session has ended.
@@ -129,19 +141,31 @@ impl Volume {
             let (volume, queue) = (self.clone(), queue.clone());
             links.spawn_local(async move { link::run(config, &queue, &*volume).await });
         }
-        let mut tick = tokio::time::interval(Duration::from_millis(TICK_MS));
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut tick = pin!(tokio::time::sleep(Duration::from_millis(TICK_MS)));
         while !self.state.borrow().gone {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(command) => self.command(command),
                     None => break,
                 },
-                _ = tick.tick() => {
+                () = &mut tick => {
                     self.step(SessionInput::Tick, true);
                     self.publish_status();
+                    let rests = self.inner.borrow().session.at_rest();
+                    self.rests.set(rests);
+                    let pause = Duration::from_millis(if rests { REST_TICK_MS } else { TICK_MS });
+                    tick.as_mut().reset(Instant::now() + pause);
                 }
-                () = self.wake.notified() => self.tell_deferred(),
+                () = self.wake.notified() => {
+                    self.tell_deferred();
+                    if !self.rests.get() {
+                        // Woken from a longer pause.
+                        let soon = Instant::now() + Duration::from_millis(TICK_MS);
+                        if tick.deadline() > soon {
+                            tick.as_mut().reset(soon);
+                        }
+                    }
+                }
             }
         }
         self.end();
@@ -157,6 +181,7 @@ impl Volume {
         let mut inner = self.inner.borrow_mut();
         if now >= inner.status_at {
             inner.status_at = now + STATUS_EVERY;
+            proto::buffer::release_idle();
             *self.config.status.lock().unwrap_or_else(PoisonError::into_inner) = inner.session.status();
         }
     }
@@ -202,6 +227,9 @@ impl Volume {
     }
 
     fn step_inner(&self, inner: &mut Inner, input: SessionInput) {
+        if self.rests.replace(false) {
+            self.wake.notify_one();
+        }
         let mut outputs = std::mem::take(&mut inner.outputs);
         // One reading of the clock, taken after the input arrived (R3).
         let now = now_ms();

@@ -203,6 +203,11 @@ impl VolumeSession {
         self.mirrors.iter().map(Mirror::status).collect()
     }
 
+    /// Whether ticks may be as rare as [`REST_TICK_MS`](crate::mirror::REST_TICK_MS).
+    pub fn at_rest(&self) -> bool {
+        self.requests.is_empty() && self.held.is_empty() && self.mirrors.iter().all(Mirror::at_rest)
+    }
+
     /// The mirrors, in stripe order, for whoever watches over them.
     pub fn mirrors(&self) -> &[Mirror] {
         &self.mirrors
