@@ -507,6 +507,27 @@ fn what_is_written_again_does_not_undo_durable_writes() {
 }
 
 #[test]
+fn reads_do_not_wait_for_a_slow_disk() {
+    scenario(|w| {
+        w.open();
+        fill(w, 512);
+        w.nodes[1].faults.slow = 5_000;
+        let mut waited = 0;
+        for block in (0..512).step_by(4) {
+            let asked = w.now;
+            w.read(0, 0, block, 4);
+            w.answered();
+            let took = w.now - asked;
+            assert!(took < 100 * MS, "a read took {took} us");
+            waited += u32::from(took > 30 * MS);
+        }
+        // One is late, and tells that the disk is slow; every two seconds another one may be.
+        assert!((1..=3).contains(&waited), "{waited} reads were late");
+        w.nodes[1].faults.slow = 0;
+    });
+}
+
+#[test]
 fn an_aborted_write_is_awaited_once_it_is_out() {
     let outcome = scenario(|w| {
         w.open();

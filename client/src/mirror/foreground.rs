@@ -90,8 +90,8 @@ impl Kind {
 #[derive(Debug)]
 pub(super) struct Op {
     kind: Kind,
-    block: BlockIndex,
-    count: u32,
+    pub block: BlockIndex,
+    pub count: u32,
     fua: bool,
     pub stage: Stage,
     /// Replicas that it was sent to under their present attaches.
@@ -104,9 +104,11 @@ pub(super) struct Op {
     refused: Mask,
     refusal: OpOutcome,
     /// Replicas whose bytes were bad for the block, or run of blocks, being read.
-    tried: Mask,
+    pub tried: Mask,
     /// Blocks read so far, when reading block by block.
     pieces: BytesMut,
+    /// A second replica that the read was sent to, since the first one is late.
+    pub hedge: Option<usize>,
     resends: u8,
     /// It was sent before its mirror had one member left: the flush that makes it durable there (R9).
     durable_by: Option<FlushNo>,
@@ -148,6 +150,7 @@ impl Op {
             refusal: OpOutcome::WriteFailed,
             tried: Mask::EMPTY,
             pieces: BytesMut::new(),
+            hedge: None,
             resends: 0,
             durable_by: None,
             had_effect: false,
@@ -159,7 +162,7 @@ impl Op {
     pub fn restart(&mut self) {
         self.stage = Stage::Gated;
         (self.sent, self.pending, self.done, self.tried) = (Mask::EMPTY, Mask::EMPTY, Mask::EMPTY, Mask::EMPTY);
-        (self.refused, self.durable_by) = (Mask::EMPTY, None);
+        (self.refused, self.durable_by, self.hedge) = (Mask::EMPTY, None, None);
         self.pieces.clear();
         // Others may write the rest of the block before this one has its lock again.
         if let Kind::Merge { whole, .. } = &mut self.kind {
@@ -172,6 +175,17 @@ impl Op {
         for mask in [&mut self.sent, &mut self.pending, &mut self.done, &mut self.refused] {
             mask.remove(slot);
         }
+        self.left_to_hedge(slot);
+    }
+
+    /// The read will get nothing more from the replica: whether another has it still out.
+    fn left_to_hedge(&mut self, slot: usize) -> bool {
+        let Stage::Reading { slot: first } = self.stage else { return false };
+        let Some(hedge) = self.hedge.take_if(|hedge| first == slot || *hedge == slot) else { return false };
+        if first == slot {
+            self.stage = Stage::Reading { slot: hedge };
+        }
+        true
     }
 
     /// Changes blocks, once it is sent.
@@ -360,18 +374,21 @@ impl Mirror {
 
     // ---- reading --------------------------------------------------------------------------------------------
 
-    /// The replica to read `block` from: by chunk over the live members, so that one stream draws on all of them.
-    fn pick(&self, block: u64, tried: Mask) -> Option<usize> {
+    /// The replica to read `block` from: by chunk over the live members, so that one stream draws on all of them, but
+    /// for those that are slow.
+    pub(super) fn pick(&self, now: u64, block: u64, tried: Mask) -> Option<usize> {
         let readable = if mutant::is(Mutant::ReadJoining) { self.live() } else { self.live_members() };
-        let live: Vec<usize> = (readable - tried).iter().collect();
+        let readable = readable - tried;
+        let quick: Mask = readable.iter().filter(|slot| now >= self.slots[*slot].slow_until).collect();
+        let from = if quick.is_empty() { readable } else { quick };
         let turn = (block / self.cfg.chunk_blocks) as usize;
-        (!live.is_empty()).then(|| live[turn % live.len()])
+        from.iter().nth(turn % from.len().max(1))
     }
 
     fn read(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {
         let op = &self.ops[&id];
         let (block, count, tried) = (op.block, op.count, op.tried);
-        match self.pick(block.0, tried) {
+        match self.pick(now, block.0, tried) {
             Some(slot) => {
                 self.ops.get_mut(&id).expect("open").stage = Stage::Reading { slot };
                 self.send(now, slot, What::Op(id), Request::Read { block, count }, out);
@@ -395,7 +412,7 @@ impl Mirror {
     fn read_block(&mut self, now: u64, id: u64, at: u32, out: &mut Vec<Output>) {
         let op = &self.ops[&id];
         let block = BlockIndex(op.block.0 + u64::from(at));
-        match self.pick(block.0, op.tried) {
+        match self.pick(now, block.0, op.tried) {
             Some(slot) => {
                 self.ops.get_mut(&id).expect("open").stage = Stage::ReadingBlock { at, slot };
                 self.send(now, slot, What::Op(id), Request::Read { block, count: 1 }, out);
@@ -410,6 +427,7 @@ impl Mirror {
     fn read_answered(&mut self, now: u64, slot: usize, id: u64, reply: Reply, out: &mut Vec<Output>) {
         let op = &self.ops[&id];
         let (first, count, single) = match op.stage {
+            Stage::Reading { slot: first } if slot != first && op.hedge != Some(slot) => return,
             Stage::Reading { .. } => (op.block.0, op.count, None),
             Stage::ReadingBlock { at, .. } => (op.block.0 + u64::from(at), 1, Some(at)),
             _ => return,
@@ -450,12 +468,14 @@ impl Mirror {
             }
         }
         match single {
+            None if self.ops.get_mut(&id).expect("open").left_to_hedge(slot) => {}
             None => self.read(now, id, out),
             Some(at) => self.read_block(now, id, at, out),
         }
     }
 
     fn read_good(&mut self, now: u64, id: u64, single: Option<u32>, data: Bytes, out: &mut Vec<Output>) {
+        self.drop_hedge(id);
         let op = self.ops.get_mut(&id).expect("open");
         let data = match single {
             None => data,

@@ -4,6 +4,7 @@
 //! to be done. ARCHITECTURE.md tells its states; the parts are
 //! - `state`: the struct, replicas' attaches (R1), what is sent and answered;
 //! - `foreground`: reads, writes, merges, zeroes, flushes under range locks (R2, R4, R9, R10);
+//! - `hedge`: reads that a replica is late with;
 //! - `membership`: who leaves and enters the in-sync set, and when writes may be acknowledged (R2);
 //! - `take_over`: what a session begins with, and begins again with after every replica was lost (R8);
 //! - `replay`: acknowledged writes that are not durable yet, for when every cache was lost (R9);
@@ -14,6 +15,7 @@
 mod clean;
 mod equalise;
 mod foreground;
+mod hedge;
 mod join;
 mod mask;
 mod membership;

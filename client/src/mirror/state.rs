@@ -28,6 +28,8 @@ pub mod limits {
     /// Requests of the volume that are worked on at once; more wait in order of arrival. Together with the
     /// mirror's own requests this stays below what a replica takes in flight.
     pub const MAX_OPEN_OPS: usize = 128;
+    /// Reads that are out at two replicas, or of which one answer is still to come that counts for nothing.
+    pub const MAX_HEDGED: usize = 24;
     /// Regions equalised at once while nothing else is going on.
     pub const MAX_BACKGROUND_REGIONS: usize = 4;
     /// Regions equalised at once because a request waits for them.
@@ -47,7 +49,7 @@ pub mod limits {
     /// Regions that one clean names.
     pub const MAX_CLEAN_REGIONS: usize = 4096;
 
-    const _: () = assert!(MAX_OPEN_OPS + 2 * MAX_DEMANDED_REGIONS + 64 < proto::limits::MAX_ATTACH_IN_FLIGHT);
+    const _: () = assert!(MAX_OPEN_OPS + MAX_HEDGED + 2 * MAX_DEMANDED_REGIONS + 64 < proto::limits::MAX_ATTACH_IN_FLIGHT);
 }
 
 /// How long after a fault a replica is attached again, when its node is there.
@@ -118,6 +120,8 @@ pub(super) struct Slot {
     pub fault: FaultReason,
     pub since: u64,
     pub retry_at: u64,
+    /// Until then others are read.
+    pub slow_until: u64,
     /// How often in a row it was given up because of what it answered.
     pub refusals: u32,
     /// The newest clean that it acknowledged in this session (R6).
@@ -157,6 +161,8 @@ pub(super) enum What {
     Attach,
     List,
     Op(u64),
+    /// A read whose answer came from another replica meanwhile.
+    Dropped,
     Replay(usize),
     Flush(FlushNo),
     Equalise(RegionIndex),
@@ -263,6 +269,7 @@ impl Mirror {
                 fault: FaultReason::NeverSeen,
                 since: now,
                 retry_at: 0,
+                slow_until: 0,
                 refusals: 0,
                 clean_acked: CleanNo(0),
                 attached_before: false,
@@ -346,7 +353,10 @@ impl Mirror {
                     self.begin_close(out);
                 }
             }
-            Input::Tick => self.time_out(now),
+            Input::Tick => {
+                self.time_out(now);
+                self.hedge_reads(now, out);
+            }
         }
         self.advance(now, out);
     }
@@ -588,6 +598,7 @@ impl Mirror {
         }
         match sent.what {
             What::Op(id) => self.op_answered(now, slot, id, reply, out),
+            What::Dropped => {}
             What::Replay(index) => self.replay_answered(slot, index, reply),
             What::Equalise(region) => self.equalise_answered(now, slot, region, tag, reply, out),
             what => match reply {

@@ -378,7 +378,7 @@ impl Counters {
 pub struct World {
     pub setup: Setup,
     pub(super) rng: Rng,
-    pub(super) now: u64,
+    pub now: u64,
     queue: BTreeMap<(u64, u64), Event>,
     queued: u64,
     pub(super) net: Net,
