@@ -175,21 +175,28 @@ pub fn encode_bitmap(
     replica: ReplicaId,
     words: impl Iterator<Item = u64>,
 ) {
-    encode(out, kind, index, replica, |out| words.for_each(|w| out.put_u64_le(w)));
+    encode(out, kind, index, replica, |mut out| words.for_each(|w| out.put_u64_le(w)));
 }
 
 /// Appends a map page.
 pub fn encode_map(out: &mut BytesMut, index: u64, replica: ReplicaId, map: &MapPage) {
     encode(out, PageKind::Map, index, replica, |out| {
-        for r in 0..MAP_REGIONS as usize {
-            map.sums[r * 256..(r + 1) * 256].iter().for_each(|s| out.put_u32_le(*s));
-            map.allocated[r * 4..(r + 1) * 4].iter().for_each(|w| out.put_u64_le(*w));
-            map.unverified[r * 4..(r + 1) * 4].iter().for_each(|w| out.put_u64_le(*w));
+        for (r, region) in out.chunks_exact_mut(MAP_REGION_BYTES).take(MAP_REGIONS as usize).enumerate() {
+            let (sums, bits) = region.split_at_mut(REGION_BLOCKS as usize * 4);
+            for (to, from) in sums.as_chunks_mut::<4>().0.iter_mut().zip(&map.sums[r * 256..]) {
+                *to = from.to_le_bytes();
+            }
+            let words = bits.as_chunks_mut::<8>().0;
+            for i in 0..4 {
+                words[i] = map.allocated[r * 4 + i].to_le_bytes();
+                words[4 + i] = map.unverified[r * 4 + i].to_le_bytes();
+            }
         }
     });
 }
 
-fn encode(out: &mut BytesMut, kind: PageKind, index: u64, replica: ReplicaId, payload: impl FnOnce(&mut BytesMut)) {
+/// Appends a page, whose payload is zeroes before it is filled.
+fn encode(out: &mut BytesMut, kind: PageKind, index: u64, replica: ReplicaId, payload: impl FnOnce(&mut [u8])) {
     let start = out.len();
     out.reserve(PAGE as usize);
     out.put_slice(&MAGIC);
@@ -201,9 +208,8 @@ fn encode(out: &mut BytesMut, kind: PageKind, index: u64, replica: ReplicaId, pa
     out.put_slice(&replica.to_bytes());
     out.put_bytes(0, 16);
     assert_eq!(out.len() - start, HEADER);
-    payload(out);
-    assert!(out.len() - start <= PAGE as usize, "page payload of {} bytes", out.len() - start);
-    out.put_bytes(0, PAGE as usize - (out.len() - start));
+    out.put_bytes(0, PAGE as usize - HEADER);
+    payload(&mut out[start + HEADER..]);
     let crc = crc32fast::hash(&out[start + 8..]);
     out[start + 4..start + 8].copy_from_slice(&crc.to_le_bytes());
 }
@@ -263,7 +269,7 @@ pub struct JournalPage {
 
 /// Appends a journal page.
 pub fn encode_journal(out: &mut BytesMut, slot: u64, replica: ReplicaId, era: [u8; 16], page: &JournalPage) {
-    encode(out, PageKind::Journal, slot, replica, |out| {
+    encode(out, PageKind::Journal, slot, replica, |mut out| {
         out.put_slice(&era);
         out.put_u64_le(page.number);
         out.put_u64_le(page.oldest);

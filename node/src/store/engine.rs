@@ -124,6 +124,10 @@ impl Engine {
             ReplicaFiles::File(files) => files,
         };
         match io {
+            DiskIo::Read { .. } | DiskIo::Write { .. } if files.in_memory() => {
+                let (what, file, offset) = describe(io);
+                Some(outcome(files, what, file, offset, files.execute(io)))
+            }
             DiskIo::Read { file, offset, len } if *len <= IN_PLACE_READ => {
                 files.read_cached(*file, *offset, *len).map(|bytes| Ok(DiskData::Read(bytes)))
             }

@@ -21,6 +21,9 @@ use crate::replica::{DiskData, DiskIo, FileKind, FileLengths};
 /// How long a lock that somebody holds is waited for: a killed process's last I/O ends in this time.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
+/// What statfs says of a file system in memory (tmpfs).
+const TMPFS: u64 = 0x0102_1994;
+
 /// The two files, open and locked.
 #[derive(Debug)]
 pub struct FilePair {
@@ -28,6 +31,7 @@ pub struct FilePair {
     meta: File,
     dir: PathBuf,
     replica: ReplicaId,
+    in_memory: bool,
 }
 
 /// What was there.
@@ -79,7 +83,8 @@ impl FilePair {
         let (meta, meta_is) = open(FileKind::Meta)?;
         let (data, data_is) = open(FileKind::Data)?;
         let found = Found { data: data_is.blocks() > 0, meta: meta_is.len() > 0 };
-        Ok((Self { data, meta, dir: dir.to_owned(), replica }, found))
+        let in_memory = rustix::fs::fstatfs(&data).is_ok_and(|fs| u64::try_from(fs.f_type) == Ok(TMPFS));
+        Ok((Self { data, meta, dir: dir.to_owned(), replica, in_memory }, found))
     }
 
     /// Makes the files as long as the layout says, sparse, and their names durable. `wipe`: the meta file reads as
@@ -168,6 +173,11 @@ impl FilePair {
                 Ok(DiskData::None)
             }
         }
+    }
+
+    /// The files have no disk behind them: nothing is ever waited for, and the kernel knows no reads that don't.
+    pub(crate) fn in_memory(&self) -> bool {
+        self.in_memory
     }
 
     /// Reads what is in the page cache; `None`: not all of it is.
