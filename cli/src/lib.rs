@@ -71,6 +71,8 @@ enum Command {
     ExportVolume(volume::ExportArgs),
     /// Stop serving a volume, and close it
     UnexportVolume(volume::UnexportArgs),
+    /// Change a setting of a volume while it is served
+    SetVolume(volume::SetArgs),
     /// Go on without replicas that cannot be reached, and say what may be lost
     RecoverVolume(volume::RecoverArgs),
     /// Compare all replicas of a volume block by block; exit 1 where they differ
@@ -136,6 +138,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::DeleteVolume(args) => volume::delete(config, args).await,
         Command::ExportVolume(args) => volume::export(config, args).await,
         Command::UnexportVolume(args) => volume::unexport(config, args).await,
+        Command::SetVolume(args) => volume::set(config, args).await,
         Command::RecoverVolume(args) => volume::recover(config, args).await,
         Command::VerifyVolume(args) => verify::verify(config, args).await,
         Command::ScrubVolume(args) => verify::scrub(config, args).await,

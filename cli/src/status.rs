@@ -562,6 +562,7 @@ mod tests {
                 settled: true,
             },
             recover_unix_ms: None,
+            resync_limit: None,
             created_unix_ms: 1,
         };
         let member = |id| Member {

@@ -291,6 +291,7 @@ mod tests {
             export: None,
             session: VolumeSession { epoch: Epoch(0), state: SessionState::Never, settled: true },
             recover_unix_ms: None,
+            resync_limit: None,
             created_unix_ms: 0,
         };
         assert_eq!(volume_byte(&volume, 0, 0), Some(0));

@@ -118,6 +118,24 @@ pub struct UnexportArgs {
     name: String,
 }
 
+/// `cluster set-volume`.
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// The volume
+    name: String,
+    /// What a resync of it compares in a second at most, like 100MiB, or `none`; it yields to other load by itself
+    #[arg(long, value_parser = limit)]
+    resync_limit: Limit,
+}
+
+/// A limit, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Limit(Option<u64>);
+
+fn limit(text: &str) -> Result<Limit, size::BadSize> {
+    if text == "none" { Ok(Limit(None)) } else { size::parse(text).map(|bytes| Limit(Some(bytes))) }
+}
+
 /// `cluster recover-volume`.
 #[derive(Debug, Args)]
 pub struct RecoverArgs {
@@ -388,6 +406,7 @@ pub async fn show(config: Option<&Path>, args: ShowArgs) -> Outcome {
         ("chunk size", size::show(volume.chunk_size.into())),
         ("min in sync", volume.min_in_sync.to_string()),
         ("write cache", cache.into()),
+        ("resync limit", volume.resync_limit.map_or("none".into(), |limit| format!("{} a second", size::show(limit)))),
         ("session", status::owner_words(&status, volume)),
         ("exported by", volume.export.clone().unwrap_or("nobody".into())),
     ] {
@@ -463,6 +482,22 @@ pub async fn delete(config: Option<&Path>, args: DeleteArgs) -> Outcome {
     let attempt = format!("deleting volume {}", args.name);
     cluster.control.delete_volume(volume.id).await.map_err(|error| Failure::control(&attempt, &error))?;
     eprintln!("volume {} is deleted; nodes that are down free its space when they return", args.name);
+    Ok(())
+}
+
+/// `cluster set-volume`.
+///
+/// # Errors
+/// When there is no such volume, the limit is too small, or nobody answers.
+pub async fn set(config: Option<&Path>, args: SetArgs) -> Outcome {
+    let cluster = Cluster::find(config)?;
+    let status = cluster.status(false).await?;
+    let volume = find(&status, &args.name)?;
+    let Limit(limit) = args.resync_limit;
+    let attempt = format!("setting the resync limit of volume {}", args.name);
+    cluster.control.set_volume(volume.id, limit).await.map_err(|error| Failure::control(&attempt, &error))?;
+    let limit = limit.map_or("no limit".into(), |limit| format!("at most {} a second", size::show(limit)));
+    render::line(format!("volume {}: a resync compares {limit}", args.name));
     Ok(())
 }
 

@@ -210,6 +210,8 @@ pub struct VolumeInfo {
     pub session: VolumeSession,
     /// A forced recovery was asked for and no session has carried it out: when (R8).
     pub recover_unix_ms: Option<u64>,
+    /// Bytes a second that a resync compares at most; `None`: no limit.
+    pub resync_limit: Option<u64>,
     /// When it was created.
     pub created_unix_ms: u64,
 }

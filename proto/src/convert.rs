@@ -311,6 +311,7 @@ impl TryFrom<pb::Volume> for VolumeInfo {
             export: filled(pb.export),
             session: need("session", pb.session)?.try_into()?,
             recover_unix_ms: present(pb.recover_unix_ms),
+            resync_limit: present(pb.resync_limit),
             created_unix_ms: pb.created_unix_ms,
         })
     }
@@ -330,6 +331,7 @@ impl From<VolumeInfo> for pb::Volume {
             export: v.export.unwrap_or_default(),
             session: Some(v.session.into()),
             recover_unix_ms: v.recover_unix_ms.unwrap_or(0),
+            resync_limit: v.resync_limit.unwrap_or(0),
             created_unix_ms: v.created_unix_ms,
         };
         pb.set_state(v.state.into());
@@ -751,6 +753,7 @@ mod tests {
                 settled: false,
             },
             recover_unix_ms: Some(5),
+            resync_limit: Some(7),
             created_unix_ms: 6,
         }
     }

@@ -507,6 +507,27 @@ fn what_is_written_again_does_not_undo_durable_writes() {
 }
 
 #[test]
+fn a_resync_keeps_to_its_limit_until_that_is_changed() {
+    scenario(|w| {
+        w.open();
+        fill(w, 700);
+        w.kill_node(1, true);
+        w.run_for(5 * SECOND);
+        fill(w, 700);
+        // A region in 16 seconds.
+        w.limit_resync(0, Some(64 << 10));
+        let before = w.status(0).compared_bytes;
+        start(w, 1);
+        w.run_for(10 * SECOND);
+        let compared = w.status(0).compared_bytes - before;
+        assert!((1..=1 << 20).contains(&compared), "{compared} bytes in ten seconds");
+        assert_ne!(w.in_sync(), [0, 1, 2]);
+        w.limit_resync(0, None);
+        w.until("b is back", |w| w.in_sync() == [0, 1, 2]);
+    });
+}
+
+#[test]
 fn reads_do_not_wait_for_a_slow_disk() {
     scenario(|w| {
         w.open();

@@ -626,6 +626,23 @@ impl ControlClient {
         self.volume_reply(reply)
     }
 
+    /// Sets how many bytes a second a resync of the volume compares at most; `None`: no limit. Takes effect at once.
+    ///
+    /// # Errors
+    /// See [`ControlError`].
+    pub async fn set_volume(&self, volume: VolumeId, resync_limit: Option<u64>) -> Result<VolumeInfo, ControlError> {
+        let request = self.new_request().await?;
+        let resync_limit = resync_limit.unwrap_or(0);
+        let message = pb::SetVolumeRequest { request: Some(request.into()), volume: volume.into(), resync_limit };
+        let reply = self
+            .ask(self.inner.config.deadline, |c| {
+                let message = message.clone();
+                async move { AdminClient::new(c).set_volume(message).await }
+            })
+            .await?;
+        self.volume_reply(reply)
+    }
+
     /// Forms the cluster: gives every member its definition. Repeated safely with the same definition, also after
     /// it has reached some members only.
     ///

@@ -140,6 +140,7 @@ async fn serve(
     shared.changed.notify_waiters();
     let mut exported = false;
     let mut recovering = None;
+    let mut resync_limit = None;
     let mut deadline = None;
     let end = loop {
         let wanted = *want.borrow_and_update();
@@ -156,7 +157,14 @@ async fn serve(
             let _ = close.send(());
             deadline = Some(tokio::time::Instant::now() + CLOSE_PATIENCE);
         }
-        let asked = views.borrow_and_update().volume(id).and_then(|v| v.recover_unix_ms);
+        let (asked, limit) = match views.borrow_and_update().volume(id) {
+            Some(volume) => (volume.recover_unix_ms, volume.resync_limit),
+            None => (None, resync_limit),
+        };
+        if limit != resync_limit {
+            resync_limit = limit;
+            let _ = commands.send(VolumeCommand::LimitResync(limit));
+        }
         if asked.is_some() && asked != recovering {
             recovering = asked;
             let _ = commands.send(VolumeCommand::Recover);

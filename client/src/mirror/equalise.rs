@@ -27,6 +27,8 @@ use super::types::*;
 const FOREGROUND_MS: u64 = 50;
 /// While it does, one region is begun at most so often: 25 MiB/s and mirror at least, so that it always advances.
 const YIELDING_PACE_MS: u64 = 40;
+/// What a limit did not let begin in so much time, since the clock ticks seldom, is made up for.
+const CATCH_UP_MS: u64 = 100;
 /// Nodes that could not reach each other are not tried again for so long, nor within one join: trying ends it.
 const NO_PATH_MS: u64 = 60_000;
 /// A region that could not be equalised is tried again after this.
@@ -108,6 +110,10 @@ pub(super) struct Background {
     pub no_path: BTreeMap<(usize, usize), u64>,
     /// A run lost somebody and must be looked at.
     pub stirred: bool,
+    /// Bytes a second that work nobody waits for compares at most.
+    pub limit: Option<u64>,
+    /// When the limit lets the next region begin.
+    allowed_at: u64,
 }
 
 impl Mirror {
@@ -153,12 +159,20 @@ impl Mirror {
         }
         let yielding = now < self.foreground_at + FOREGROUND_MS;
         let most = if yielding { 1 } else { limits::MAX_BACKGROUND_REGIONS };
-        while self.equalising.len() < most && (!yielding || now >= self.background_next) {
+        while self.equalising.len() < most
+            && (!yielding || now >= self.background_next)
+            && (self.background.limit.is_none() || now >= self.background.allowed_at)
+        {
             let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
             let Some(region) = self.settling.unsettled.iter().find(free).or_else(|| self.next_join_region(free)) else {
                 break;
             };
             self.background_next = now + YIELDING_PACE_MS;
+            if let Some(limit) = self.background.limit {
+                let (_, blocks) = self.blocks_of(region);
+                let takes = u64::from(blocks) * BLOCK_SIZE * 1_000 / limit;
+                self.background.allowed_at = self.background.allowed_at.max(now.saturating_sub(CATCH_UP_MS)) + takes;
+            }
             self.begin_equalise(now, region, Vec::new(), false, out);
         }
     }

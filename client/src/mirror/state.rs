@@ -49,7 +49,8 @@ pub mod limits {
     /// Regions that one clean names.
     pub const MAX_CLEAN_REGIONS: usize = 4096;
 
-    const _: () = assert!(MAX_OPEN_OPS + MAX_HEDGED + 2 * MAX_DEMANDED_REGIONS + 64 < proto::limits::MAX_ATTACH_IN_FLIGHT);
+    const _: () =
+        assert!(MAX_OPEN_OPS + MAX_HEDGED + 2 * MAX_DEMANDED_REGIONS + 64 < proto::limits::MAX_ATTACH_IN_FLIGHT);
 }
 
 /// How long after a fault a replica is attached again, when its node is there.
@@ -348,6 +349,7 @@ impl Mirror {
             Input::Recover => {
                 self.forced = matches!(self.phase, Phase::Opening { .. }) || !self.settling.blocked.is_empty();
             }
+            Input::LimitResync(limit) => self.background.limit = limit,
             Input::Close => {
                 if !self.is_closing() {
                     self.begin_close(out);

@@ -116,6 +116,8 @@ pub enum Input {
     SetDecided(SetDecision),
     /// An operator accepts the loss of what only unreachable replicas may hold (R8).
     Recover,
+    /// How many bytes a second background work compares at most.
+    LimitResync(Option<u64>),
     /// Ends the session: finish, flush, clean, detach.
     Close,
     /// Time passes; due about every [`super::TICK_MS`].

@@ -55,6 +55,8 @@ pub enum VolumeCommand {
     /// The session is superseded: drop everything unanswered (R1).
     Supersede,
     Recover,
+    /// How many bytes a second a resync compares at most.
+    LimitResync(Option<u64>),
     Close,
     Compare {
         mirror: usize,
@@ -195,6 +197,7 @@ impl Volume {
                 let _ = self.events.send(VolumeEvent::Stopped(StopReason::Superseded));
                 self.end();
             }
+            VolumeCommand::LimitResync(limit) => self.step(SessionInput::LimitResync(limit), true),
             VolumeCommand::Recover => self.step(SessionInput::Recover, true),
             VolumeCommand::Close => self.step(SessionInput::Close, true),
             VolumeCommand::Compare { mirror, region, repair, answer } => {

@@ -49,6 +49,8 @@ pub enum SessionInput {
         decision: SetDecision,
     },
     Recover,
+    /// How many bytes a second a resync of the volume compares at most.
+    LimitResync(Option<u64>),
     Close,
     Tick,
 }
@@ -190,6 +192,11 @@ impl VolumeSession {
                 self.mirror(now, mirror, Input::SetDecided(decision), out);
             }
             SessionInput::Recover => self.all(now, &Input::Recover, out),
+            SessionInput::LimitResync(limit) => {
+                // A node that was away is behind in every mirror: each has its share.
+                let share = limit.map(|limit| (limit / self.mirrors.len() as u64).max(1));
+                self.all(now, &Input::LimitResync(share), out);
+            }
             SessionInput::Close => self.all(now, &Input::Close, out),
             SessionInput::Tick => self.all(now, &Input::Tick, out),
         }

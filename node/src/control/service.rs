@@ -289,6 +289,14 @@ impl Admin for Services {
         self.volume(Request::Lead(message.request.try_into().map_err(bad)?, command)).await
     }
 
+    async fn set_volume(&self, rpc: Rpc<pb::SetVolumeRequest>) -> Answer<pb::VolumeReply> {
+        let message = rpc.into_inner();
+        let volume = convert::volume_id("volume", &message.volume).map_err(bad)?;
+        let resync_limit = Some(message.resync_limit).filter(|limit| *limit > 0);
+        let command = Command::SetVolume { volume, resync_limit };
+        self.volume(Request::Lead(message.request.try_into().map_err(bad)?, command)).await
+    }
+
     async fn recover_volume(&self, rpc: Rpc<pb::RecoverVolumeRequest>) -> Answer<pb::VolumeReply> {
         let message = rpc.into_inner();
         let volume = convert::volume_id("volume", &message.volume).map_err(bad)?;

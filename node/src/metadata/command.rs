@@ -235,6 +235,13 @@ pub enum Command {
         /// To what.
         value: Option<String>,
     },
+    /// Changes what may be changed of a volume while it is served.
+    SetVolume {
+        /// Which volume.
+        volume: VolumeId,
+        /// Bytes a second that a resync compares at most; `None`: no limit.
+        resync_limit: Option<u64>,
+    },
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ pub const MAX_VOLUMES: usize = 1024;
 pub const MAX_GATEWAYS: usize = 64;
 /// Pools of one node: a report with more is refused.
 pub const MAX_POOLS: usize = 64;
+/// The least limit of a volume's resync, in bytes a second: below it one would hardly ever end.
+pub const MIN_RESYNC_LIMIT: u64 = 1 << 20;
 /// Settings: past it another key is refused.
 pub const MAX_SETTINGS: usize = 256;
 /// Bytes of a node's reason for a failed replica that are kept.
@@ -285,6 +287,15 @@ impl Metadata {
                 change.set(&mut self.owned(volume, epoch)?.recover_unix_ms, None);
                 Ok(Answer::Done)
             }
+            Command::SetVolume { volume, resync_limit } => {
+                let id = self.living(volume)?.id;
+                if resync_limit.is_some_and(|limit| limit < MIN_RESYNC_LIMIT) {
+                    let least = format!("less than {} KiB a second", MIN_RESYNC_LIMIT >> 10);
+                    return Err(Refusal::invalid("resync-limit", least));
+                }
+                change.set(&mut self.volume_mut(id)?.resync_limit, resync_limit);
+                Ok(Answer::Volume(id))
+            }
             Command::ChangeSetting { key, value } => {
                 if !self.settings.contains_key(&key) && self.settings.len() >= MAX_SETTINGS {
                     return Err(Refusal::invalid("setting", format!("there are {MAX_SETTINGS} already")));
@@ -377,6 +388,7 @@ impl Metadata {
             export: spec.export,
             session: VolumeSession { epoch: Epoch(0), state: SessionState::Never, settled: true },
             recover_unix_ms: None,
+            resync_limit: None,
             created_unix_ms: unix_ms,
         };
         self.volumes.insert(id, volume);
@@ -870,6 +882,19 @@ pub(crate) mod tests {
             bench.ok(Command::ReplicaDeleted { node: NodeId(n), replica: rid(10 + u128::from(n)) });
         }
         assert!(!bench.machine.volumes.contains_key(&VOLUME));
+    }
+
+    #[test]
+    fn a_resync_limit_is_set_and_removed_and_not_too_small() {
+        let mut bench = Bench::with_volume();
+        let set = |resync_limit| Command::SetVolume { volume: VOLUME, resync_limit };
+        bench.ok(set(Some(5 << 20)));
+        assert_eq!(bench.machine.volumes[&VOLUME].resync_limit, Some(5 << 20));
+        assert!(matches!(bench.refused(set(Some(1000))), Refusal::Invalid { .. }));
+        bench.ok(set(None));
+        assert_eq!(bench.machine.volumes[&VOLUME].resync_limit, None);
+        let unknown = Command::SetVolume { volume: VolumeId(Uuid::from_u128(99)), resync_limit: None };
+        assert!(matches!(bench.refused(unknown), Refusal::NotFound { .. }));
     }
 
     #[test]

@@ -351,6 +351,11 @@ fn understand(kind: u8, bytes: &[u8], machine: &Metadata) -> Result<Option<Reque
             let m: pb::RecoverVolumeRequest = decode(bytes)?;
             Request::Lead(m.request.try_into()?, Command::RecoverVolume { volume: volume(m.volume)?, unix_ms: 9 })
         }
+        20 => {
+            let m: pb::SetVolumeRequest = decode(bytes)?;
+            let resync_limit = Some(m.resync_limit).filter(|limit| *limit > 0);
+            Request::Lead(m.request.try_into()?, Command::SetVolume { volume: volume(m.volume)?, resync_limit })
+        }
         // What nodes, gateways and the command line are told, and what `init` sends: only read here.
         11 => {
             let definition: pb::ClusterDefinition = decode(bytes)?;
@@ -383,7 +388,7 @@ fn understand(kind: u8, bytes: &[u8], machine: &Metadata) -> Result<Option<Reque
     }))
 }
 
-const KINDS: u8 = 20;
+const KINDS: u8 = 21;
 
 /// Items: kind, message with its length.
 pub fn run_commands(input: &[u8], seen: &mut Seen) {
@@ -506,6 +511,7 @@ pub fn command_seeds() -> Vec<Vec<u8>> {
         open(25, "b", true),
         item(19, &[0; 20]),
         item(10, &pb::RecoverVolumeRequest { request: id(26), volume: volume() }.encode_to_vec()),
+        item(20, &pb::SetVolumeRequest { request: id(29), volume: volume(), resync_limit: 1 << 30 }.encode_to_vec()),
         item(5, &pb::FinishRecoveryRequest { request: id(27), volume: volume(), epoch: 2 }.encode_to_vec()),
         item(9, &pb::ExportVolumeRequest { request: id(28), volume: volume(), gateway: "b".into() }.encode_to_vec()),
         item(2, &close.encode_to_vec()),
@@ -813,6 +819,7 @@ fn commands() -> Vec<Command> {
         Command::UpdateMember { node: NodeId(2), control_addr: "x:1".into(), data_addr: "x:2".into() },
         Command::ReplicaFailed { node: NodeId(1), replica: replica(1), reason: "no space".into() },
         Command::RecoverVolume { volume, unix_ms: 6 },
+        Command::SetVolume { volume, resync_limit: Some(1 << 20) },
         Command::FinishRecovery { volume, epoch: Epoch(1) },
         Command::ExportVolume { volume, gateway: Some("a".into()) },
         Command::ChangeSetting { key: "k".into(), value: Some("v".into()) },

@@ -1,6 +1,7 @@
 //! What a scenario does to the world by name, rather than by chance.
 
 use client::mirror::MirrorStatus;
+use client::volume::SessionInput;
 
 use super::net::Party;
 use super::world::{SECOND, World};
@@ -81,6 +82,12 @@ impl World {
             Some(replica) => self.flip_bit(replica, at),
             None => false,
         }
+    }
+
+    /// How many bytes a second a resync compares at most.
+    pub fn limit_resync(&mut self, gateway: usize, limit: Option<u64>) {
+        let volume = self.current().id;
+        self.session_step(gateway, volume, SessionInput::LimitResync(limit));
     }
 
     /// Where the first mirror stands.
