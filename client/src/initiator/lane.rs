@@ -81,8 +81,7 @@ impl Ended {
 
     /// Whether the target asks for it once more: a unit attention, or it is busy.
     pub fn is_try_again(&self) -> bool {
-        TRY_AGAIN.contains(&self.status)
-            || self.status == status::CHECK_CONDITION && self.key == UNIT_ATTENTION
+        TRY_AGAIN.contains(&self.status) || self.status == status::CHECK_CONDITION && self.key == UNIT_ATTENTION
     }
 
     /// As an error.

@@ -66,11 +66,7 @@ impl Wire {
     }
 }
 
-pub(super) async fn open(
-    portal: SocketAddr,
-    options: &Options,
-    discovery: bool,
-) -> Result<(Wire, Terms), Error> {
+pub(super) async fn open(portal: SocketAddr, options: &Options, discovery: bool) -> Result<(Wire, Terms), Error> {
     let refused = |source| Error::Connect { portal, source };
     let stream = TcpStream::connect(portal).await.map_err(refused)?;
     stream.set_nodelay(true).map_err(refused)?;
