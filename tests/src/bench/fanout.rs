@@ -17,7 +17,11 @@ use serde_json::json;
 /// Bytes of an answer.
 const ANSWER: usize = 16;
 /// Bytes of a sink's file; it is written round and round.
-const FILE: u64 = 512 << 20;
+const FILE: u64 = 256 << 20;
+/// The same on a disk.
+const FILE_SYNC: u64 = 64 << 20;
+/// Before anything is measured it is written once in such pieces.
+const FILL: usize = 1 << 20;
 /// A sink that hears nothing for so long ends.
 const SILENCE: Duration = Duration::from_secs(60);
 /// Its first argument makes a process a sink.
@@ -135,9 +139,12 @@ pub fn sink(path: &Path, bytes: usize, sync: bool) -> anyhow::Result<()> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
     // Nobody else needs its name, and it goes with this process.
     std::fs::remove_file(path)?;
-    // The space is there before, as it is for whatever this is compared with.
-    let flags = rustix::fs::FallocateFlags::empty();
-    rustix::fs::fallocate(&file, flags, 0, FILE).context("no space for a sink's file")?;
+    // The space is there before, and was touched, as it is for whatever this is compared with.
+    let size = if sync { FILE_SYNC } else { FILE };
+    let piece = vec![3u8; FILL];
+    for at in (0..size).step_by(FILL) {
+        file.write_all_at(&piece, at).context("no space for a sink's file")?;
+    }
     if sync {
         file.sync_all()?;
     }
@@ -153,7 +160,7 @@ pub fn sink(path: &Path, bytes: usize, sync: bool) -> anyhow::Result<()> {
         if sync {
             file.sync_data()?;
         }
-        at = (at + bytes as u64) % FILE;
+        at = (at + bytes as u64) % (size - bytes as u64 + 1);
         stream.write_all(&[1; ANSWER])?;
     }
     println!("{}", cpu() - before);

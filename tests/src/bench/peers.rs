@@ -19,6 +19,8 @@ const VOLUME: &str = "bench";
 const PATIENCE: Duration = Duration::from_secs(120);
 /// tgtd's data segments and bursts: its default would take 8 KiB at a time.
 const SEGMENT: u32 = 256 << 10;
+/// What its control socket's name ends with.
+const CONTROL: &str = "1";
 
 /// A process that ends with this value.
 struct Ends(Child);
@@ -205,7 +207,6 @@ pub fn signal(pid: u32, signal: Signal) {
 pub struct Tgtd {
     process: Ends,
     dir: tempfile::TempDir,
-    control: String,
     /// Its LUN.
     pub portal: Portal,
 }
@@ -226,9 +227,8 @@ impl Tgtd {
         let lun = dir.path().join("lun");
         std::fs::File::create(&lun)?.set_len(size)?;
         let log = std::fs::File::create(dir.path().join("log"))?;
-        let control = port.to_string();
         let child = Command::new("tgtd")
-            .args(["-f", "-C", &control, "--iscsi", &format!("portal=127.0.0.1:{port}")])
+            .args(["-f", "-C", CONTROL, "--iscsi", &format!("portal=127.0.0.1:{port}")])
             .env("TGT_IPC_SOCKET", dir.path().join("socket"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -237,7 +237,7 @@ impl Tgtd {
             .context("cannot start tgtd (Debian's package tgt)")?;
         let portal = Portal::parse(&format!("iscsi://127.0.0.1:{port}/{IQN}/1"))
             .map_err(|failure| anyhow::anyhow!("{failure}"))?;
-        let own = Self { process: Ends(child), dir, control, portal };
+        let own = Self { process: Ends(child), dir, portal };
         let until = Instant::now() + Duration::from_secs(10);
         while let Err(error) = own.admin("--mode sys --op show") {
             if Instant::now() >= until {
@@ -257,7 +257,7 @@ impl Tgtd {
 
     fn admin(&self, words: &str) -> anyhow::Result<()> {
         let mut command = Command::new("tgtadm");
-        command.args(["-C", &self.control, "--lld", "iscsi"]).args(words.split(' '));
+        command.args(["-C", CONTROL, "--lld", "iscsi"]).args(words.split(' '));
         output(command.env("TGT_IPC_SOCKET", self.dir.path().join("socket"))).map(drop)
     }
 
