@@ -1,14 +1,17 @@
 //! `cluster bench`: how fast a volume is, or any iSCSI target, or several side by side.
 //!
-//! [`shape`] says what is asked, [`over_iscsi`] asks it, [`figures`] is what is measured, [`pids`] what the target's
-//! processes take, [`output`] how it is shown.
+//! [`shape`] says what is asked, [`over_iscsi`] and [`direct`] ask it, [`figures`] is what is measured, [`pids`] what
+//! the target's processes take, [`output`] how it is shown, [`report`] the page with plots.
+//!
 //! Where there are several targets each shape runs on every one in turn, round after round, so that whatever else
 //! goes on on the machine falls on all alike: only ratios of one run count.
 
+pub mod direct;
 pub mod figures;
 pub mod output;
 pub mod over_iscsi;
 pub mod pids;
+pub mod report;
 pub mod shape;
 pub mod target;
 
@@ -22,6 +25,7 @@ use client::block::SECTOR;
 use client::initiator::lane::Lane;
 use proto::cluster::ClusterStatus;
 
+use self::direct::Direct;
 use self::output::{Machine, Measurement, Report};
 use self::over_iscsi::Plan;
 use self::shape::Shape;
@@ -46,6 +50,9 @@ const ROUNDS: u32 = 3;
 pub struct BenchArgs {
     /// The volume
     volume: Option<String>,
+    /// Ask the volume by the client library in this process instead of over iSCSI; no gateway may have it open
+    #[arg(long, requires = "volume", conflicts_with = "sessions")]
+    direct: bool,
     /// A LUN of any iSCSI target, as iscsi://HOST:PORT/IQN/LUN; several times: they are compared
     #[arg(long, value_name = "URL")]
     url: Vec<String>,
@@ -129,10 +136,25 @@ struct Target {
     name: String,
     /// What is overwritten, for people.
     what: String,
-    portal: Portal,
+    way: Way,
     pids: Vec<u32>,
     device_bytes: u64,
     region: u64,
+}
+
+/// How it is asked.
+enum Way {
+    Portal(Portal),
+    Direct(Direct),
+}
+
+impl Target {
+    async fn run(&self, plan: &Plan<'_>) -> Outcome<Round> {
+        match &self.way {
+            Way::Portal(portal) => over_iscsi::run(portal, plan).await,
+            Way::Direct(direct) => direct.run(plan).await,
+        }
+    }
 }
 
 impl BenchArgs {
@@ -193,8 +215,18 @@ pub async fn run(config: Option<&Path>, args: BenchArgs) -> Outcome {
     }
     let shapes = args.shapes()?;
     let targets = find(config, &args).await?;
-    for target in &targets {
-        for shape in &shapes {
+    let outcome = on(&args, &shapes, &targets).await;
+    for target in targets {
+        if let Way::Direct(direct) = target.way {
+            direct.close().await;
+        }
+    }
+    outcome
+}
+
+async fn on(args: &BenchArgs, shapes: &[Shape], targets: &[Target]) -> Outcome {
+    for target in targets {
+        for shape in shapes {
             if shape.slots(target.region) < u64::from(args.sessions) {
                 return Err(Failure::usage(format!(
                     "{}: a region of {} is too small for shape {}",
@@ -206,7 +238,7 @@ pub async fn run(config: Option<&Path>, args: BenchArgs) -> Outcome {
             }
         }
     }
-    let fill = may_write(&args, &shapes, &targets)?;
+    let fill = may_write(args, shapes, targets)?;
     if let Some(path) = &args.report {
         // Better now than after an hour.
         std::fs::write(path, "").map_err(|error| Failure::path(path, "cannot write", error))?;
@@ -226,7 +258,7 @@ pub async fn run(config: Option<&Path>, args: BenchArgs) -> Outcome {
         targets: targets.iter().map(Target::describe).collect(),
         measurements: Vec::new(),
     };
-    let outcome = measure(&args, &shapes, &targets, fill, &stop, &mut report).await;
+    let outcome = measure(args, shapes, targets, fill, &stop, &mut report).await;
     report.interrupted = stop.load(Ordering::Relaxed);
     report.load_average_after = output::load_average();
     report.measurements.retain(|measurement| !measurement.rounds.is_empty());
@@ -234,6 +266,9 @@ pub async fn run(config: Option<&Path>, args: BenchArgs) -> Outcome {
     match args.json {
         true => render::json(&report),
         false => render::line(report.table()),
+    }
+    if let Some(path) = &args.report {
+        std::fs::write(path, report::page(&report)).map_err(|error| Failure::path(path, "cannot write", error))?;
     }
     outcome?;
     if report.interrupted {
@@ -263,49 +298,70 @@ fn unix_ms() -> u64 {
 }
 
 async fn find(config: Option<&Path>, args: &BenchArgs) -> Outcome<Vec<Target>> {
-    let mut found: Vec<(String, String, Portal)> = Vec::new();
-    if let Some(volume) = &args.volume {
-        let status = Cluster::find(config)?.status(false).await?;
-        found.push((volume.clone(), format!("volume {volume}"), portal_of(&status, volume)?));
-    }
-    for url in &args.url {
-        let portal = Portal::parse(url)?;
-        found.push((portal.addr.to_string(), url.clone(), portal));
-    }
+    let portals = args.url.iter().map(|url| Portal::parse(url)).collect::<Outcome<Vec<_>>>()?;
+    let number = portals.len() + usize::from(args.volume.is_some());
     let too_many = |what: &str, given: usize, targets: usize| {
         Failure::usage(format!("{what} is given {given} times, and there are {targets} targets"))
     };
-    if args.name.len() > found.len() {
-        return Err(too_many("--name", args.name.len(), found.len()));
+    if args.name.len() > number {
+        return Err(too_many("--name", args.name.len(), number));
     }
-    if args.pids.len() > found.len() {
-        return Err(too_many("--pids", args.pids.len(), found.len()));
+    if args.pids.len() > number {
+        return Err(too_many("--pids", args.pids.len(), number));
+    }
+    let pids = args.pids.iter().map(|text| pids::parse(text)).collect::<Outcome<Vec<_>>>()?;
+    let by_default = args.volume.iter().cloned().chain(portals.iter().map(|portal| portal.addr.to_string()));
+    let names: Vec<String> =
+        by_default.enumerate().map(|(index, name)| args.name.get(index).cloned().unwrap_or(name)).collect();
+    if let Some(name) =
+        (1..names.len()).find(|&index| names[..index].contains(&names[index])).map(|index| &names[index])
+    {
+        return Err(Failure::usage(format!("two targets are called {name}")).next("name them with --name"));
+    }
+    let mut found: Vec<(String, Way, u64)> = Vec::new();
+    for portal in portals {
+        let device_bytes = size_of(&portal).await?;
+        found.push((portal.url.clone(), Way::Portal(portal), device_bytes));
+    }
+    if let Some(volume) = &args.volume {
+        let cluster = Cluster::find(config)?;
+        let (way, device_bytes) = match args.direct {
+            true => {
+                let direct = Direct::open(&cluster, volume).await?;
+                let device_bytes = direct.device_bytes;
+                (Way::Direct(direct), device_bytes)
+            }
+            false => {
+                let portal = portal_of(&cluster.status(false).await?, volume)?;
+                let device_bytes = size_of(&portal).await?;
+                (Way::Portal(portal), device_bytes)
+            }
+        };
+        found.insert(0, (format!("volume {volume}"), way, device_bytes));
     }
     let mut targets = Vec::new();
-    for (index, (name, what, portal)) in found.into_iter().enumerate() {
-        let pids = args.pids.get(index).map_or(Ok(Vec::new()), |text| pids::parse(text))?;
-        let options = over_iscsi::options(&portal, 0);
-        let (lane, capacity) = Lane::connect(portal.addr, &options, portal.lun, 1, SECTOR as usize, &[0])
-            .await
-            .map_err(|error| portal.failure(&error))?;
-        tokio::task::block_in_place(|| lane.log_out());
-        if u64::from(capacity.block_len) != SECTOR {
-            return Err(Failure::new(format!(
-                "{}: its sectors are of {} bytes, only {SECTOR} are supported",
-                portal.url, capacity.block_len
-            )));
-        }
-        let device_bytes = capacity.blocks * SECTOR;
+    for (index, (name, (what, way, device_bytes))) in names.into_iter().zip(found).enumerate() {
+        let pids = pids.get(index).cloned().unwrap_or_default();
         let region = args.region.min(device_bytes) / FILL_BLOCK * FILL_BLOCK;
-        let name = args.name.get(index).cloned().unwrap_or(name);
-        targets.push(Target { name, what, portal, pids, device_bytes, region });
-    }
-    for (index, target) in targets.iter().enumerate() {
-        if targets[..index].iter().any(|other| other.name == target.name) {
-            return Err(Failure::usage(format!("two targets are called {}", target.name)).next("name them with --name"));
-        }
+        targets.push(Target { name, what, way, pids, device_bytes, region });
     }
     Ok(targets)
+}
+
+/// Logs in and asks.
+async fn size_of(portal: &Portal) -> Outcome<u64> {
+    let options = over_iscsi::options(portal, 0);
+    let (lane, capacity) = Lane::connect(portal.addr, &options, portal.lun, 1, SECTOR as usize, &[0])
+        .await
+        .map_err(|error| portal.failure(&error))?;
+    tokio::task::block_in_place(|| lane.log_out());
+    if u64::from(capacity.block_len) != SECTOR {
+        return Err(Failure::new(format!(
+            "{}: its sectors are of {} bytes, only {SECTOR} are supported",
+            portal.url, capacity.block_len
+        )));
+    }
+    Ok(capacity.blocks * SECTOR)
 }
 
 /// Where a volume is served.
@@ -315,7 +371,7 @@ fn portal_of(status: &ClusterStatus, name: &str) -> Outcome<Portal> {
     })?;
     let gateway = volume.export.as_ref().and_then(|gateway| status.view.gateway(gateway)).ok_or_else(|| {
         Failure::new(format!("volume {name} is not served"))
-            .next(format!("`cluster export-volume {name}` serves it over iSCSI"))
+            .next(format!("`cluster export-volume {name}` serves it over iSCSI; or give --direct"))
     })?;
     Portal::parse(&crate::volume::url(&gateway.portal, name))
 }
@@ -344,7 +400,7 @@ async fn measure(
     shapes: &[Shape],
     targets: &[Target],
     fill: bool,
-    stop: &AtomicBool,
+    stop: &Arc<AtomicBool>,
     report: &mut Report,
 ) -> Outcome {
     let mut progress = render::Progress::new("bench:");
@@ -358,7 +414,7 @@ async fn measure(
             let total = Some(target.region);
             let seed = seed.draw();
             let plan = Plan { shape: &shape, region: target.region, sessions: 1, time, total, seed, interval, stop };
-            let round = over_iscsi::run(&target.portal, &plan).await?;
+            let round = target.run(&plan).await?;
             if let Some(error) = &round.counts.first_error {
                 return Err(Failure::new(format!("{}: filling it: {error}", target.name)));
             }
@@ -384,7 +440,7 @@ async fn measure(
                 let (region, total, seed) = (target.region, args.total, seed.draw());
                 let plan = Plan { shape, region, sessions, time, total, seed, interval, stop };
                 let before = pids::Reading::take(&target.pids);
-                let mut done: Round = over_iscsi::run(&target.portal, &plan).await?;
+                let mut done: Round = target.run(&plan).await?;
                 if !target.pids.is_empty() {
                     done.processes(&before, &pids::Reading::take(&target.pids));
                 }
@@ -399,7 +455,10 @@ impl Target {
     fn describe(&self) -> output::TargetInfo {
         output::TargetInfo {
             name: self.name.clone(),
-            url: self.portal.url.clone(),
+            url: match &self.way {
+                Way::Portal(portal) => portal.url.clone(),
+                Way::Direct(_) => format!("{}, by the client library", self.what),
+            },
             pids: self.pids.clone(),
             device_bytes: self.device_bytes,
             region_bytes: self.region,

@@ -1,7 +1,7 @@
 //! The load over iSCSI: threads that each drive some sessions, without a runtime.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,11 +15,11 @@ use super::target::{Portal, Round, lock};
 use crate::failure::{Failure, Outcome};
 
 /// How long answers are waited for after the end.
-const DRAIN: Duration = Duration::from_secs(60);
+pub const DRAIN: Duration = Duration::from_secs(60);
 /// The same once the user has asked to stop.
-const DRAIN_STOPPED: Duration = Duration::from_secs(2);
+pub const DRAIN_STOPPED: Duration = Duration::from_secs(2);
 /// Errors at which a round ends.
-const MAX_ERRORS: u64 = 1000;
+pub const MAX_ERRORS: u64 = 1000;
 
 /// How one round is to be.
 #[derive(Clone, Debug)]
@@ -39,7 +39,7 @@ pub struct Plan<'a> {
     /// Of the time series.
     pub interval: Duration,
     /// Set when the user asks to stop.
-    pub stop: &'a AtomicBool,
+    pub stop: &'a Arc<AtomicBool>,
 }
 
 impl Plan<'_> {
@@ -51,12 +51,21 @@ impl Plan<'_> {
 
 /// Where a slot stands.
 #[derive(Clone, Copy)]
-struct Slot {
-    io: Io,
-    since: Instant,
-    read: bool,
+pub struct Slot {
+    /// What it asks.
+    pub io: Io,
+    /// Since when.
+    pub since: Instant,
+    /// Whether that reads.
+    pub read: bool,
     /// The flush that belongs to a write is under way.
-    flushing: bool,
+    pub flushing: bool,
+}
+
+/// Processor time of this thread until now.
+pub fn cpu_seconds() -> f64 {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
 }
 
 /// One round: logs in, loads, logs out.
@@ -87,11 +96,9 @@ pub async fn run(portal: &Portal, plan: &Plan<'_>) -> Outcome<Round> {
                 .into_iter()
                 .map(|share| {
                     scope.spawn(move || {
-                        let before = clock_gettime(ClockId::ThreadCPUTime);
+                        let before = cpu_seconds();
                         drive(share, plan, recorder);
-                        let after = clock_gettime(ClockId::ThreadCPUTime);
-                        let seconds = (after.tv_sec - before.tv_sec) as f64;
-                        seconds + (after.tv_nsec - before.tv_nsec) as f64 / 1e9
+                        cpu_seconds() - before
                     })
                 })
                 .collect();

@@ -160,7 +160,8 @@ pub fn sink(path: &Path, bytes: usize, sync: bool) -> anyhow::Result<()> {
         if sync {
             file.sync_data()?;
         }
-        at = (at + bytes as u64) % (size - bytes as u64 + 1);
+        at += bytes as u64;
+        at = if at + bytes as u64 > size { 0 } else { at };
         stream.write_all(&[1; ANSWER])?;
     }
     println!("{}", cpu() - before);

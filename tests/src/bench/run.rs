@@ -1,6 +1,7 @@
 //! What is measured, part by part.
 
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,7 +47,7 @@ const FANOUTS: [(&str, usize, usize); 4] =
 
 struct Run<'a> {
     options: &'a Options,
-    never: AtomicBool,
+    never: Arc<AtomicBool>,
     seed: u64,
     results: Results,
 }
@@ -70,7 +71,7 @@ fn shape(name: &str) -> Shape {
 /// # Errors
 /// When something does not come up, or requests fail where none may.
 pub async fn run(options: &Options) -> anyhow::Result<Results> {
-    let mut run = Run { options, never: AtomicBool::new(false), seed: 1, results: Results::default() };
+    let mut run = Run { options, never: Arc::default(), seed: 1, results: Results::default() };
     let wants = |part: &str| options.only.is_empty() || options.only.iter().any(|only| only == part);
     if ["compare", "rest", "stalls", "resync", "yield"].iter().any(|part| wants(part)) {
         say("starting three nodes, two witnesses and a gateway in memory");
