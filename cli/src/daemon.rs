@@ -35,6 +35,18 @@ impl StopSignals {
     pub async fn stop(mut self) {
         let first = self.next().await;
         tracing::info!(signal = first, "closing; a second signal ends the process at once");
+        self.end_at_next();
+    }
+
+    /// For commands that show what they have when they are stopped: calls `begin_to_end` at the first signal. A second
+    /// one ends the process with status 1.
+    pub async fn stop_by(mut self, begin_to_end: impl FnOnce()) {
+        self.next().await;
+        begin_to_end();
+        self.end_at_next();
+    }
+
+    fn end_at_next(mut self) {
         tokio::spawn(async move {
             let second = self.next().await;
             tracing::warn!(signal = second, "ended before everything was closed");

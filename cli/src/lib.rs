@@ -1,6 +1,7 @@
 //! The `cluster` command: every role and every administration verb of md99. One module for each noun, [`render`]
 //! for how things look, [`failure`] for what is said when something fails. [`load`] and [`dev`] also serve tests.
 
+pub mod bench;
 pub mod cluster;
 pub mod config;
 pub mod daemon;
@@ -77,6 +78,8 @@ enum Command {
     RecoverVolume(volume::RecoverArgs),
     /// Compare all replicas of a volume block by block; exit 1 where they differ
     VerifyVolume(verify::VerifyArgs),
+    /// Measure how fast a volume is, or any iSCSI target, or several side by side
+    Bench(Box<bench::BenchArgs>),
     /// Read everything of a volume, verify every checksum, compare replicas and repair
     ScrubVolume(verify::ScrubArgs),
 }
@@ -141,6 +144,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::SetVolume(args) => volume::set(config, args).await,
         Command::RecoverVolume(args) => volume::recover(config, args).await,
         Command::VerifyVolume(args) => verify::verify(config, args).await,
+        Command::Bench(args) => bench::run(config, *args).await,
         Command::ScrubVolume(args) => verify::scrub(config, args).await,
     }
 }

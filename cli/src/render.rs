@@ -23,6 +23,11 @@ pub fn json(value: &impl Serialize) {
 
 /// A table without borders.
 pub fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+    table_of(&header, rows.into_iter().map(Vec::from))
+}
+
+/// The same where the columns are chosen as it goes; every row has as many as the header.
+pub fn table_of(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(header);

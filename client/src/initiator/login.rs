@@ -30,9 +30,9 @@ pub struct Found {
     pub addresses: Vec<String>,
 }
 
-struct Wire {
-    stream: TcpStream,
-    receiver: Receiver,
+pub(super) struct Wire {
+    pub(super) stream: TcpStream,
+    pub(super) receiver: Receiver,
     sender: Sender,
 }
 
@@ -66,7 +66,7 @@ impl Wire {
     }
 }
 
-async fn open(portal: SocketAddr, options: &Options, discovery: bool) -> Result<(Wire, Terms), Error> {
+pub(super) async fn open(portal: SocketAddr, options: &Options, discovery: bool) -> Result<(Wire, Terms), Error> {
     let refused = |source| Error::Connect { portal, source };
     let stream = TcpStream::connect(portal).await.map_err(refused)?;
     stream.set_nodelay(true).map_err(refused)?;

@@ -1,8 +1,9 @@
 //! A small iSCSI initiator over TCP, on the target's PDU codec: for `demo`, tests and `bench`. One connection per
-//! session, ErrorRecoveryLevel 0. It never retries by itself after a lost connection: what was outstanding then may or
+//! session, ErrorRecoveryLevel 0. [`lane`] is a session without tasks, for `bench`. It never retries by itself after a lost connection: what was outstanding then may or
 //! may not have happened, and only the caller knows what that means.
 
 mod driver;
+pub mod lane;
 mod login;
 
 use std::net::SocketAddr;
