@@ -69,6 +69,7 @@ mutants! {
     ServeUnsettled: "R8", "mirror/take_over", "regions that a take-over found dirty are served as they are";
     KeepRestarted: "R8", "mirror/state", "members that restarted are kept as if they had not";
     GoOnWithRestarted: "R8", "mirror/take_over", "where only restarted members are reached the others are not waited for";
+    ReleaseToOlder: "R8", "mirror/take_over", "replicas that left before a member restarted count as knowing what it has lost";
     StoreSetEarly: "R8", "mirror/membership", "members store a set that raft has not committed";
     SilentLoss: "R8", "mirror/take_over", "the loss of every cache is not told";
     FlushAtOnce: "R9", "replica/flush", "a flush is answered before anything has been synced for it";

@@ -85,6 +85,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::ServeUnsettled => plan(&[Register, Medium]).wants(&[TakeOver, PowerCut]),
         Mutant::KeepRestarted => plan(&[Register, Medium]).only(&[PowerCut, KillGateway, TakeOver]).often(),
         Mutant::GoOnWithRestarted => plan(&[Register]).only(&[Orphan]),
+        Mutant::ReleaseToOlder => plan(&[Register, Medium]).only(&[Orphan, PowerCut, PowerCutAll, Reset]),
         Mutant::StoreSetEarly => plan(&[MetadataOld]),
         Mutant::SilentLoss => plan(&[Register]).wants(&[PowerCutAll, TakeOver]),
         Mutant::FlushAtOnce => plan(&[Durable]),
