@@ -59,6 +59,7 @@ mutants! {
     DirtyWithoutSync: "R5", "replica/dirty_log", "a region is changed when its dirty bit is written but not synced";
     CleanAsBoolean: "R6", "mirror/clean, replica/dirty_log", "a dirty bit is cleared whatever the flush number says";
     CleanWithoutAll: "R6", "mirror/clean", "bits are cleared while a replica is out of the set";
+    ClearUnannounced: "R6", "mirror/clean", "a clean clears what the one before it did not announce";
     TrustOldImage: "R6", "mirror/take_over, mirror/join", "a replica with old files counts as one that has only restarted";
     EqualisedStaysDirty: "R6", "mirror/equalise", "a region that was equalised counts as being changed for ever";
     CompareSums: "R7", "replica/repair", "replicas compare their stored sums, not what is on their disks";

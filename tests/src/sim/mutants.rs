@@ -75,6 +75,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::DirtyWithoutSync => plan(&[DirtyFirst]),
         Mutant::CleanAsBoolean => plan(&[CleanMeansEqual, DirtyFirst]).wants(&[Close]),
         Mutant::CleanWithoutAll => plan(&[CleanMeansEqual]),
+        Mutant::ClearUnannounced => plan(DIFFER).only(&[OldImage, Close]),
         Mutant::TrustOldImage => plan(DIFFER).only(&[OldImage, Close]),
         Mutant::EqualisedStaysDirty => plan(&[DirtyLeft]),
         Mutant::CompareSums => plan(DIFFER).wants(&[PowerCut]),
