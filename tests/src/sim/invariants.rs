@@ -248,8 +248,13 @@ impl World {
             for (at, was) in allocated.iter_mut().enumerate() {
                 let is = map.is_allocated(at) && !map.is_unverified(at);
                 let block = index * MAP_BLOCKS + at as u64;
-                if is && !*was && r.disk.data.durable(block).is_none() {
-                    ahead.get_or_insert(block);
+                if is && !*was && block < r.blocks && r.disk.data.durable(block).is_none() {
+                    // A flush writes the page as it was when it began; the block may have been freed since.
+                    if !r.disk.data.is_freed(block) {
+                        ahead.get_or_insert(block);
+                    }
+                } else if !is && block < r.blocks {
+                    r.disk.data.forget_freed(block);
                 }
                 *was = is;
             }

@@ -176,13 +176,15 @@ impl World {
         }
     }
 
-    /// Whether every member that a session can read may have been unable to keep, or to read, a block of the volume.
-    pub(super) fn may_be_bad(&self, gateway: usize, volume: VolumeId, block: u64) -> bool {
+    /// Whether every member that a session could read when it was asked, at `asked_ms` of its clock, may have been unable
+    /// to keep, or to read, a block of the volume. One that has joined since came too late to be asked, perhaps: what was
+    /// found is told when other mirrors' parts are there, and under a lease.
+    pub(super) fn may_be_bad(&self, gateway: usize, volume: VolumeId, block: u64, asked_ms: u64) -> bool {
         let known = self.volume(volume);
         let (mirror, at) = known.place(block);
         let Some(session) = self.gateways[gateway].session(volume) else { return true };
         let status = session.core.mirrors()[mirror].status();
-        let mut read = status.replicas.iter().filter(|r| r.standing == Standing::InSync);
+        let mut read = status.replicas.iter().filter(|r| r.standing == Standing::InSync && r.since <= asked_ms);
         let doubted = |id: &ReplicaId| self.replica_at.get(id).is_some_and(|r| known.is_doubted(*r, at));
         known.suspect[block as usize] && read.all(|r| doubted(&r.replica))
     }
