@@ -203,47 +203,14 @@ fn a_take_over_that_reaches_only_a_restarted_member_waits_for_the_others() {
     });
 }
 
-/// Gateway 1 has taken over with node 0, which has lost its cache; region 0 waits for the others, which it can't reach
-/// and which have left the set.
-fn wait_for_those_that_left(w: &mut World) {
-    w.open();
-    fill(w, 64);
-    w.write(0, 0, 10, 8, false);
-    w.answered();
-    w.kill_gateway(0);
-    w.kill_node(0, true);
-    for gateway in [GATEWAY, Party::Gateway(1)] {
-        w.cut(gateway, B);
-        w.cut(gateway, C);
-    }
-    start(w, 0);
-    w.want_on(1, true);
-    w.until("it goes on with a alone", |w| w.takes_requests(1) && w.in_sync() == [0] && w.status(1).unsettled > 0);
-    // Until a has been told.
-    w.run_for(SECOND);
-}
-
-/// Node 0 is attached anew, without a restart: by the same session, or by another gateway's.
-fn attach_again(w: &mut World, same_session: bool) -> usize {
-    if same_session {
-        w.reset_link(1, 0);
-    } else {
-        w.start_gateway(0);
-        w.want_on(0, true);
-    }
-    let gateway = usize::from(same_session);
-    w.run_for(100 * MS);
-    w.until("it waits again", |w| w.takes_requests(gateway) && w.status(gateway).unsettled > 0);
-    w.run_for(SECOND);
-    gateway
-}
-
 #[test]
 fn a_region_waits_for_those_that_left_in_the_next_session_too() {
     for same_session in [true, false] {
         let outcome = scenario(|w| {
-            wait_for_those_that_left(w);
-            let gateway = attach_again(w, same_session);
+            w.open();
+            fill(w, 64);
+            w.leave_two_behind();
+            let gateway = w.attach_again(same_session);
             w.read(1, gateway, 10, 8);
             w.run_for(10 * SECOND);
             assert!(!w.idle(), "what only a restarted member may know is not read");
@@ -258,26 +225,7 @@ fn a_region_waits_for_those_that_left_in_the_next_session_too() {
 #[test]
 fn what_was_written_after_others_left_is_not_replaced_by_what_they_have() {
     for same_session in [true, false] {
-        let outcome = scenario(|w| {
-            wait_for_those_that_left(w);
-            // Another region: it is served, and the others have missed this.
-            w.write(0, 1, 300, 8, false);
-            w.answered();
-            let written = w.history().len() as u32;
-            // From now on a can't tell the regions that the others know from those that they don't.
-            w.kill_node(0, true);
-            w.run_for(SECOND);
-            start(w, 0);
-            w.until("all that it holds waits", |w| w.takes_requests(1) && w.status(1).unsettled >= 2);
-            w.run_for(SECOND);
-            let gateway = attach_again(w, same_session);
-            w.join_up(Party::Gateway(gateway), B);
-            w.join_up(Party::Gateway(gateway), C);
-            w.read(2, gateway, 300, 8);
-            w.run_for(20 * SECOND);
-            let read = w.history().last_read();
-            assert!(read.is_empty() || read.iter().all(|v| *v == written), "{written} became {read:?}");
-        });
+        let outcome = scenario(|w| w.read_what_others_have_missed(same_session));
         assert_eq!(outcome.counters.recovers, 1, "nobody but an operator can tell");
     }
 }
