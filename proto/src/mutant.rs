@@ -59,6 +59,7 @@ mutants! {
     DirtyWithoutSync: "R5", "replica/dirty_log", "a region is changed when its dirty bit is written but not synced";
     CleanAsBoolean: "R6", "mirror/clean, replica/dirty_log", "a dirty bit is cleared whatever the flush number says";
     CleanWithoutAll: "R6", "mirror/clean", "bits are cleared while a replica is out of the set";
+    ClearUnannounced: "R6", "mirror/clean", "a clean clears what the one before it did not announce";
     TrustOldImage: "R6", "mirror/take_over, mirror/join", "a replica with old files counts as one that has only restarted";
     EqualisedStaysDirty: "R6", "mirror/equalise", "a region that was equalised counts as being changed for ever";
     CompareSums: "R7", "replica/repair", "replicas compare their stored sums, not what is on their disks";
@@ -69,6 +70,7 @@ mutants! {
     ServeUnsettled: "R8", "mirror/take_over", "regions that a take-over found dirty are served as they are";
     KeepRestarted: "R8", "mirror/state", "members that restarted are kept as if they had not";
     GoOnWithRestarted: "R8", "mirror/take_over", "where only restarted members are reached the others are not waited for";
+    ReleaseToOlder: "R8", "mirror/take_over", "replicas that left before a member restarted count as knowing what it has lost";
     StoreSetEarly: "R8", "mirror/membership", "members store a set that raft has not committed";
     SilentLoss: "R8", "mirror/take_over", "the loss of every cache is not told";
     FlushAtOnce: "R9", "replica/flush", "a flush is answered before anything has been synced for it";

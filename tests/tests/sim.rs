@@ -52,6 +52,12 @@ fn a_seed_is_one_run() {
 /// Each failed once, with so many requests; the commit that mended it tells how.
 #[test]
 fn seeds_that_found_faults_find_them_no_more() {
-    run(vec![55, 77_000_383, 77_000_930, 77_001_837, 77_002_072, 90_000_007, 90_000_186, 90_002_933], OPS);
+    run(
+        vec![
+            55, 77_000_383, 77_000_930, 77_001_837, 77_002_072, 90_000_007, 90_000_186, 90_002_933, 95_000_035,
+            95_001_521, 95_002_057, 96_002_618, 96_003_754,
+        ],
+        OPS,
+    );
     run(vec![20_093, 30_050, 30_079, 30_118], 5 * OPS);
 }

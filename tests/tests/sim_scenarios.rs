@@ -204,6 +204,33 @@ fn a_take_over_that_reaches_only_a_restarted_member_waits_for_the_others() {
 }
 
 #[test]
+fn a_region_waits_for_those_that_left_in_the_next_session_too() {
+    for same_session in [true, false] {
+        let outcome = scenario(|w| {
+            w.open();
+            fill(w, 64);
+            w.leave_two_behind();
+            let gateway = w.attach_again(same_session);
+            w.read(1, gateway, 10, 8);
+            w.run_for(10 * SECOND);
+            assert!(!w.idle(), "what only a restarted member may know is not read");
+            w.join_up(Party::Gateway(gateway), B);
+            w.join_up(Party::Gateway(gateway), C);
+            w.answered();
+        });
+        assert_eq!(outcome.counters.recovers, 0, "those that it waited for had it");
+    }
+}
+
+#[test]
+fn what_was_written_after_others_left_is_not_replaced_by_what_they_have() {
+    for same_session in [true, false] {
+        let outcome = scenario(|w| w.read_what_others_have_missed(same_session));
+        assert_eq!(outcome.counters.recovers, 1, "nobody but an operator can tell");
+    }
+}
+
+#[test]
 fn what_a_killed_process_holds_is_not_replaced_by_what_power_cuts_have_left() {
     for seed in 1..=10 {
         let outcome = scenario_of(seed, |w| {

@@ -3,6 +3,14 @@
 //! A region is cleaned when it has been idle for a while, every replica of the definition is in sync, and each
 //! has answered a flush that began after the region's last write. One clean at a time; the next begins when this
 //! one is durable everywhere.
+//!
+//! ```text
+//! clean n: announces A          clean n + 1: clears A, announces B          clean n + 2: clears B, ...
+//! ```
+//!
+//! A clean clears what was dirty already, and has not changed since, when the one before it began: an image of a
+//! replica that holds the region as it was before, and takes it for clean, is then behind by two, while a member that
+//! has only missed the last clean is behind by one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -36,6 +44,8 @@ struct DirtyRegion {
 #[derive(Debug, Default)]
 pub(super) struct DirtyTracker {
     regions: BTreeMap<RegionIndex, DirtyRegion>,
+    /// For the next clean: they were dirty, as they are here, before the last one began, which is durable everywhere.
+    announced: Vec<(RegionIndex, DirtyRegion)>,
 }
 
 impl DirtyTracker {
@@ -45,6 +55,10 @@ impl DirtyTracker {
 
     pub fn contains(&self, region: RegionIndex) -> bool {
         self.regions.contains_key(&region)
+    }
+
+    fn is_still(&self, (region, was): &(RegionIndex, DirtyRegion)) -> bool {
+        self.regions.get(region) == Some(was)
     }
 
     /// Something that changes the region is about to be sent.
@@ -72,6 +86,7 @@ impl DirtyTracker {
 
     /// Every attach is gone, and with it all that was in flight.
     pub fn settle_in_flight(&mut self, next: FlushNo) {
+        self.announced.clear();
         for region in self.regions.values_mut() {
             region.in_flight = 0;
             region.covered_by = next;
@@ -88,6 +103,8 @@ pub(super) struct Cleaning {
     failed: bool,
     /// The regions as they were: one that has changed since stays.
     regions: Vec<(RegionIndex, DirtyRegion)>,
+    /// Those for the next one.
+    announces: Vec<(RegionIndex, DirtyRegion)>,
 }
 
 impl Mirror {
@@ -98,11 +115,12 @@ impl Mirror {
             }
             let done = self.cleaning.take().expect("checked above");
             if !done.failed {
-                for (region, was) in done.regions {
-                    if self.dirty.regions.get(&region) == Some(&was) {
-                        self.dirty.regions.remove(&region);
+                for cleaned in done.regions {
+                    if self.dirty.is_still(&cleaned) {
+                        self.dirty.regions.remove(&cleaned.0);
                     }
                 }
+                self.dirty.announced = done.announces;
             }
         }
         let closing = self.phase == Phase::Closing;
@@ -118,17 +136,25 @@ impl Mirror {
         {
             return;
         }
-        self.clean_next = now + CLEAN_EVERY_MS;
         let flushed = |slot: usize| self.slots[slot].attach.as_ref().expect("live").flushed;
         let common = all.iter().map(flushed).min().expect("a mirror has replicas");
         let idle = |r: &DirtyRegion| r.in_flight == 0 && (closing || now >= r.last_write + IDLE_MS);
-        let regions: Vec<_> = (self.dirty.regions.iter())
+        let announced = std::mem::take(&mut self.dirty.announced);
+        // Where nothing was announced, what is announced now is cleared next.
+        self.clean_next = if announced.is_empty() { now } else { now + CLEAN_EVERY_MS };
+        let free = |region: &RegionIndex| !self.equalising.contains_key(region);
+        let regions: Vec<_> = announced.into_iter().filter(|was| self.dirty.is_still(was) && free(&was.0)).collect();
+        let announces: Vec<_> = (self.dirty.regions.iter())
             .filter(|(_, r)| r.covered_by <= common || mutant::is(Mutant::CleanAsBoolean))
-            .filter(|(region, r)| idle(r) && !self.equalising.contains_key(region))
+            .filter(|(region, r)| idle(r) && free(region))
+            .filter(|(region, _)| regions.binary_search_by_key(region, |(r, _)| r).is_err())
             .map(|(region, r)| (*region, *r))
             .take(limits::MAX_CLEAN_REGIONS / 2)
             .collect();
-        if regions.is_empty() {
+        let at_once = mutant::is(Mutant::ClearUnannounced);
+        let (regions, announces) = if at_once { (announces, Vec::new()) } else { (regions, announces) };
+        if regions.is_empty() && announces.is_empty() {
+            self.clean_next = now + CLEAN_EVERY_MS;
             // Equalised regions are not flushed by writes.
             if self.dirty.regions.values().any(|r| idle(r) && r.covered_by > common) && self.flush_pending.is_empty() {
                 self.want_flush();
@@ -145,7 +171,7 @@ impl Mirror {
             let entries = named.iter().map(|region| CleanEntry { region: *region, flush }).collect();
             self.send(now, slot, What::Clean, Request::Clean { clean: no, entries }, out);
         }
-        self.cleaning = Some(Cleaning { no, pending: all, failed: false, regions });
+        self.cleaning = Some(Cleaning { no, pending: all, failed: false, regions, announces });
     }
 
     /// These regions, and after each those that replicas may have marked with it and in which nothing was changed.
@@ -172,11 +198,14 @@ impl Mirror {
     }
 
     pub(super) fn clean_lost(&mut self, slot: usize) {
-        if let Some(cleaning) = &mut self.cleaning
-            && cleaning.pending.contains(slot)
-        {
-            cleaning.pending.remove(slot);
-            cleaning.failed = true;
+        // Whoever is in its place has to be told anew.
+        self.dirty.announced.clear();
+        if let Some(cleaning) = &mut self.cleaning {
+            cleaning.announces.clear();
+            if cleaning.pending.contains(slot) {
+                cleaning.pending.remove(slot);
+                cleaning.failed = true;
+            }
         }
     }
 

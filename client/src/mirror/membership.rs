@@ -97,7 +97,7 @@ impl Mirror {
                 if self.flushed(no, live) {
                     for slot in live.iter().filter(|_| mutant::is(Mutant::StoreSetEarly)) {
                         let set = SetView { version: self.version.next(), ..self.set_view() };
-                        self.send(now, slot, What::StoreSet(set.version), Request::StoreSet { set }, out);
+                        self.store_set(now, slot, set, out);
                     }
                     self.propose(live, self.awaited | self.owed(), out);
                 }
@@ -148,7 +148,7 @@ impl Mirror {
                 let storing = self.live_members();
                 self.change = Some(Change { members, awaited, stage: ChangeStage::Storing(storing) });
                 for slot in storing.iter() {
-                    self.send(now, slot, What::StoreSet(self.version), Request::StoreSet { set: self.set_view() }, out);
+                    self.store_set(now, slot, self.set_view(), out);
                 }
             }
         }
@@ -172,6 +172,11 @@ impl Mirror {
                 self.lost.push_back((slot, FaultReason::CopyInDoubt));
             }
         }
+    }
+
+    pub(super) fn store_set(&mut self, now: u64, slot: usize, set: SetView, out: &mut Vec<Output>) {
+        let (what, accounted) = (What::StoreSet(set.version), self.settling.is_accounted());
+        self.send(now, slot, what, Request::StoreSet { set, accounted }, out);
     }
 
     pub(super) fn set_stored(&mut self, slot: usize, version: SetVersion) {

@@ -3,13 +3,12 @@
 
 use std::collections::BTreeSet;
 
-use proto::frame::Request;
 use proto::id::{FlushNo, RegionIndex};
 use proto::mutant::{self, Mutant};
 
 use super::mask::Mask;
 use super::region_set::RegionSet;
-use super::state::{Mirror, Phase, Role, What};
+use super::state::{Mirror, Phase, Role};
 use super::types::*;
 
 /// How long a replica that is silent, rather than refusing, is waited for.
@@ -33,7 +32,7 @@ pub(super) struct Settling {
     /// Suspect on every reachable member, while others, [`Self::left_behind`], may know better.
     pub blocked: RegionSet,
     pub left_behind: Mask,
-    /// Somebody was waited for before this opening: it has missed writes to regions that are suspect by now.
+    /// Somebody was waited for when a member restarted: it has missed writes to regions that are suspect by now.
     awaited_before: bool,
     /// Regions that were blocked, for which these replicas are bases as well although no members.
     pub released: RegionSet,
@@ -55,6 +54,12 @@ impl Settling {
     /// Whether nothing is left to equalise or flush, and nothing waits for others.
     pub fn is_settled(&self) -> bool {
         self.unsettled.is_empty() && self.equalised.is_empty() && self.flushing.is_none() && self.blocked.is_empty()
+    }
+
+    /// Whether those who are waited for have missed no write to what is suspect: a later session, too, may then take
+    /// suspect regions from them (R8). It has no other way to know, as the members may not restart in between.
+    pub fn is_accounted(&self) -> bool {
+        !self.awaited_before || self.is_settled()
     }
 
     /// Regions that are not served yet.
@@ -223,7 +228,9 @@ impl Mirror {
             awaited: self.ids_of(left_behind),
         }));
         // Without a restart since, no region has become suspect that those who are waited for have missed writes to.
-        let awaited_before = !self.awaited.is_empty() && keep.iter().any(|s| is(s).restarted);
+        let known =
+            |slot: usize| is(slot).info().accounted || mutant::is(Mutant::ReleaseToOlder) && !is(slot).restarted;
+        let awaited_before = !self.awaited.is_empty() && !keep.iter().all(known);
         self.settling = Settling { unsettled, equalised, blocked, left_behind, awaited_before, ..Settling::default() };
         for slot in 0..self.slots.len() {
             if !self.slots[slot].is_answered() {
@@ -399,7 +406,7 @@ impl Mirror {
         let members = self.members;
         self.begin_storing(members);
         for slot in members.iter() {
-            self.send(now, slot, What::StoreSet(self.version), Request::StoreSet { set: self.set_view() }, out);
+            self.store_set(now, slot, self.set_view(), out);
         }
     }
 }

@@ -23,6 +23,8 @@ pub(super) struct AttachState {
     pub(super) held: AttachId,
     /// This process has been told the in-sync set.
     pub(super) told: bool,
+    /// See [`AttachInfo::accounted`].
+    pub(super) accounted: bool,
     pub(super) current: Option<Current>,
     pub(super) taking: Option<Taking>,
     /// The current attach's requests in flight.
@@ -117,6 +119,7 @@ impl ReplicaCore {
             stored_epoch: taking.storing.expect("drained before it was stored"),
             kept_epoch: self.superblock.kept_epoch,
             told: self.attach.told,
+            accounted: self.attach.accounted,
             set: self.superblock.set.clone(),
             blocks: self.layout.blocks,
             dirty: self.regions.dirty.ones() as u32,

@@ -258,6 +258,7 @@ impl ReplicaCore {
 
     /// The regions of a damaged map page are dirty and suspect (R10).
     pub(super) fn distrust(&mut self, first: u64, end: u64) {
+        self.attach.accounted = false;
         for region in first..end {
             self.regions.dirty.set(region);
             self.regions.suspect.set(region);
@@ -535,7 +536,7 @@ impl ReplicaCore {
         self.passes.waiters.push(Waiter::Op(id));
     }
 
-    pub(super) fn store_set(&mut self, id: u64, op: Op, set: SetView, out: &mut Vec<Output>) {
+    pub(super) fn store_set(&mut self, id: u64, op: Op, set: SetView, accounted: bool, out: &mut Vec<Output>) {
         let known = &self.superblock.set;
         if set.version < known.version || set.members.len() > MAX_REPLICAS {
             return self.fail(op, Code::Invalid, 0, out);
@@ -544,7 +545,7 @@ impl ReplicaCore {
         let clean = set.clean.max(known.clean);
         self.superblock.set = SetView { clean, ..set };
         self.superblock.kept_epoch = self.superblock.epoch;
-        self.attach.told = true;
+        (self.attach.told, self.attach.accounted) = (true, accounted);
         self.no_longer_rebuilt();
         self.ops.insert(id, op);
         self.store_superblock(Waiter::Op(id));

@@ -328,7 +328,9 @@ impl ReplicaCore {
                 self.finish(op(Body::Flush), Reply::Done(kind), out);
             }
             Request::MarkAllDirty => self.mark_all_dirty(id, op(Body::Meta { cleaned: Vec::new() })),
-            Request::StoreSet { set } => self.store_set(id, op(Body::Meta { cleaned: Vec::new() }), set, out),
+            Request::StoreSet { set, accounted } => {
+                self.store_set(id, op(Body::Meta { cleaned: Vec::new() }), set, accounted, out);
+            }
             Request::Hashes { block, count, key } => {
                 self.repair_request(id, op(Body::Hash(HashOp::new(block, count, key))), out);
             }

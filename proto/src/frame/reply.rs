@@ -115,6 +115,9 @@ pub struct AttachInfo {
     pub kept_epoch: Epoch,
     /// This process has been told the in-sync set: it has not restarted since it was last counted on (R6, R8).
     pub told: bool,
+    /// And by a session that knew what this process found dirty when it began: replicas that are awaited have missed no
+    /// write to a region that is suspect here (R8).
+    pub accounted: bool,
     /// What it last stored of the in-sync set.
     pub set: SetView,
     /// Its size in blocks.
@@ -223,6 +226,7 @@ impl Reply {
                 b.put_u8(info.kept.into());
                 b.put_u8(info.rebuilt.into());
                 b.put_u8(info.told.into());
+                b.put_u8(info.accounted.into());
                 put_set(b, &info.set);
             }),
             Self::Read { block, sums, data } => {
@@ -277,6 +281,7 @@ impl Reply {
                 kept: b.bool()?,
                 rebuilt: b.bool()?,
                 told: b.bool()?,
+                accounted: b.bool()?,
                 set: read_set(&mut b)?,
             }),
             Kind::Read => {

@@ -132,8 +132,9 @@ pub enum Request {
     Settle { entries: Vec<CleanEntry> },
     /// Makes every region dirty, durably: the replica is new, or an old image.
     MarkAllDirty,
-    /// Stores the committed in-sync set, durably.
-    StoreSet { set: SetView },
+    /// Stores the committed in-sync set, durably. Whether it is [`AttachInfo::accounted`](super::AttachInfo) from then
+    /// on is kept in memory.
+    StoreSet { set: SetView, accounted: bool },
     /// Hashes the bytes that are on the disk, per block, with this key (R7). Inside one region.
     Hashes { block: BlockIndex, count: u32, key: [u8; 32] },
     /// Copies the blocks named by the bits of `blocks` (bit i: block + i) to another node's replica.
@@ -243,7 +244,10 @@ impl Request {
                 header.count = entries.len() as u32;
                 assemble(header, none, entries.len() * 12, |b| put_entries(b, entries))
             }
-            Self::StoreSet { set } => assemble(header, none, 128, |b| put_set(b, set)),
+            Self::StoreSet { set, accounted } => assemble(header, none, 128, |b| {
+                b.put_u8((*accounted).into());
+                put_set(b, set);
+            }),
             Self::Hashes { block, count, key } => {
                 (header.block, header.count) = (block.0, *count);
                 assemble(header, none, 32, |b| b.put_slice(key))
@@ -316,7 +320,7 @@ impl Request {
             Kind::Clean => Self::Clean { clean: CleanNo(header.block), entries: read_entries(&mut b, count)? },
             Kind::Settle => Self::Settle { entries: read_entries(&mut b, count)? },
             Kind::MarkAllDirty => Self::MarkAllDirty,
-            Kind::StoreSet => Self::StoreSet { set: read_set(&mut b)? },
+            Kind::StoreSet => Self::StoreSet { accounted: b.bool()?, set: read_set(&mut b)? },
             Kind::Hashes => {
                 range(block, count, REGION_BLOCKS as u32)?;
                 Self::Hashes { block, count, key: b.bytes(32)?.try_into().expect("32 bytes") }

@@ -141,14 +141,14 @@ fn requests() -> Vec<(Request, &'static str)> {
             ),
         ),
         (
-            Request::StoreSet { set: set() },
+            Request::StoreSet { set: set(), accounted: true },
             concat!(
                 "6d643939010c00000900000000000000",
                 "07080000000000000201000000000000",
                 "03000000000000000000000000000000",
-                "000000003500000000000000a9e06a20",
-                "0500000000000000060000000000000002a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1",
-                "a1a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a20026aebd",
+                "0000000036000000000000004ae7e5ae",
+                "010500000000000000060000000000000002a1a1a1a1a1a1a1a1a1a1a1a1a1a1",
+                "a1a1a2a2a2a2a2a2a2a2a2a2a2a2a2a2a2a21a438d74",
             ),
         ),
         (
@@ -251,6 +251,7 @@ fn replies() -> Vec<(Reply, &'static str)> {
         stored_epoch: Epoch(3),
         kept_epoch: Epoch(2),
         told: true,
+        accounted: false,
         set: set(),
         blocks: 1024,
         dirty: 4,
@@ -292,11 +293,11 @@ fn replies() -> Vec<(Reply, &'static str)> {
                 "6d643939018200000900000000000000",
                 "07080000000000000201000000000000",
                 "03000000000000000000000000000000",
-                "0000000070000000000000005acca046",
+                "000000007100000000000000c4cc0a8a",
                 "1100000000000000010000000000000002000000000000000300000000000000",
-                "0200000000000000000400000000000004000000020000000001010500000000",
-                "000000060000000000000002a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a2a2a2a2",
-                "a2a2a2a2a2a2a2a2a2a2a2a2b74dfc38",
+                "0200000000000000000400000000000004000000020000000001010005000000",
+                "00000000060000000000000002a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a2a2a2",
+                "a2a2a2a2a2a2a2a2a2a2a2a2a2af2e3ca5",
             ),
         ),
         (
@@ -449,8 +450,8 @@ fn requests_that_contradict_themselves_are_refused() {
     assert!(matches!(frame(Kind::Clean, 2, 0, &[0; 12], none()), Err(FrameError::Malformed(_))));
     assert!(matches!(frame(Kind::Hashes, 1, 0, &[0; 31], none()), Err(FrameError::Malformed(_))));
     assert!(matches!(frame(Kind::ListRegions, 1, 1 << 32, &[], none()), Err(FrameError::Malformed(_))));
-    let mut many = vec![0; 17 + 6 * 16];
-    many[16] = 6;
+    let mut many = vec![0; 18 + 6 * 16];
+    many[17] = 6;
     assert!(matches!(frame(Kind::StoreSet, 0, 0, &many, none()), Err(FrameError::TooLong { .. })));
 }
 

@@ -144,11 +144,10 @@ impl Cx<'_> {
                 EqStage::Locking | EqStage::Planning => {}
             }
         }
-        if let Some(cleaning) = &mut self.g.cleaning
-            && cleaning.pending & bit(slot) != 0
-        {
+        self.g.announced = false;
+        if let Some(cleaning) = &mut self.g.cleaning {
+            cleaning.failed |= cleaning.announces || cleaning.pending & bit(slot) != 0;
             cleaning.pending &= !bit(slot);
-            cleaning.failed = true;
         }
         if let Change::Storing { pending } = &mut self.g.change {
             *pending &= !bit(slot);
@@ -356,7 +355,7 @@ impl Cx<'_> {
             self.g.change = Change::None;
         }
         self.g.eq = None;
-        self.g.cleaning = None;
+        (self.g.cleaning, self.g.announced) = (None, false);
         self.g.flush_pending = 0;
         self.g.flush_wanted = false;
         (self.g.settle, self.g.settle_ended, self.g.released) = (Settle::Done, false, false);
@@ -892,6 +891,7 @@ impl Cx<'_> {
         }
         self.g.writing += 1;
         self.g.covered = NEVER;
+        self.g.announced = false;
     }
 
     /// It has ended (`DirtyTracker::written`).
@@ -1144,7 +1144,11 @@ impl Cx<'_> {
             self.g.cleaning = None;
             let same = self.g.writing == 0 && self.g.covered == cleaning.was;
             if !cleaning.failed && same && self.g.tracked {
-                (self.g.tracked, self.g.covered) = (false, 0);
+                if cleaning.announces {
+                    self.g.announced = true;
+                } else {
+                    (self.g.tracked, self.g.covered) = (false, 0);
+                }
             }
         }
         let closing = self.g.phase == Phase::Closing;
@@ -1166,13 +1170,15 @@ impl Cx<'_> {
             }
             return;
         }
-        self.g.clean_due = false;
+        let announces = !std::mem::take(&mut self.g.announced) && !self.is(Mutant::ClearUnannounced);
+        self.g.clean_due = announces;
         self.g.clean += 1;
         for slot in slots(everyone) {
-            let flush = self.g.slots[slot].flushed;
+            // No region's last write is covered by flush 0.
+            let flush = if announces { 0 } else { self.g.slots[slot].flushed };
             self.send(slot, What::Clean { no: self.g.clean, flush });
         }
-        self.g.cleaning = Some(Cleaning { pending: everyone, failed: false, was: self.g.covered });
+        self.g.cleaning = Some(Cleaning { pending: everyone, failed: false, was: self.g.covered, announces });
     }
 
     fn advance_close(&mut self) {

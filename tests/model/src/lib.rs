@@ -66,8 +66,6 @@
 //!
 //! "Given up though held" (R8) does not count a killed member that is taken for an old image, since it was killed
 //! before it stored that this session keeps it, while another one stored that and lost its cache then (R6).
-//!
-//! What the protocol is known not to survive is in `LIMITS`.
 
 pub mod check;
 pub mod config;
@@ -76,5 +74,5 @@ mod replica;
 pub mod run;
 pub mod state;
 
-pub use config::{CONFIGS, Config, LIMITS, Mutant, config};
+pub use config::{CONFIGS, Config, Mutant, config};
 pub use run::{Outcome, Trace, run};

@@ -371,6 +371,8 @@ pub struct Cleaning {
     pub pending: Mask,
     pub failed: bool,
     pub was: u8,
+    /// It clears nothing: it says that the next one will.
+    pub announces: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -472,6 +474,8 @@ pub struct Gateway {
     pub covered: u8,
     pub cleaning: Option<Cleaning>,
     pub clean_due: bool,
+    /// The last clean has announced the next one, which clears the region as it is.
+    pub announced: bool,
     pub settle: Settle,
     pub settle_ended: bool,
     pub released: bool,
@@ -509,6 +513,7 @@ impl Gateway {
         covered: 0,
         cleaning: None,
         clean_due: false,
+        announced: false,
         settle: Settle::Done,
         settle_ended: true,
         released: false,
@@ -786,7 +791,7 @@ impl Gateway {
         }
         let f = flags(&[self.lease, self.flush_wanted, self.tracked, self.clean_due, self.settle_ended, self.released]);
         let Replay { complete, writing, .. } = self.replay;
-        let f2 = flags(&[self.awaited_before, self.power_on, complete, writing, self.close_wanted]);
+        let f2 = flags(&[self.awaited_before, self.power_on, complete, writing, self.close_wanted, self.announced]);
         h.bytes([self.replay.len, self.replay.next, m(self.replay.out)]);
         for kept in self.replay.kept() {
             h.bytes([kept.value, ranks.rank(kept.covered_by)]);
@@ -814,7 +819,7 @@ impl Gateway {
         }
         match self.cleaning {
             None => h.byte(0),
-            Some(c) => h.bytes([1, m(c.pending), u8::from(c.failed), c.was]),
+            Some(c) => h.bytes([1, m(c.pending), u8::from(c.failed), c.was, u8::from(c.announces)]),
         }
         match self.op {
             None => h.byte(0),

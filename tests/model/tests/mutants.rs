@@ -23,6 +23,7 @@ fn expected(mutant: Mutant) -> (&'static str, &'static [&'static str]) {
         Mutant::DirtyAfterData => ("A", &[DIRTY]),
         Mutant::CleanAsBoolean => ("C", &[DIRTY]),
         Mutant::CleanWithoutAll => ("C", &[DIRTY]),
+        Mutant::ClearUnannounced => ("C4", &[MEMBERS, DIRTY]),
         Mutant::KeepOldImage => ("C2", &[MEMBERS, DIRTY]),
         Mutant::NoBarrier => ("A2", &[MEMBERS]),
         Mutant::JoinWithoutCounting => ("A4", &[FLUSHED]),

@@ -75,7 +75,7 @@ fn look_for_mutants(args: &Args) -> ExitCode {
     use proto::mutant::Mutant;
     use std::collections::BTreeSet;
     use tests::sim::Checker;
-    use tests::sim::mutants::{Plan, hunt, plan, run_planted, setup_for};
+    use tests::sim::mutants::{Plan, hunt, plan, run_healthy, run_planted, setup_for};
 
     let named = |m: &&Mutant| args.mutant.as_ref().is_none_or(|name| format!("{m:?}").eq_ignore_ascii_case(name));
     let chosen: Vec<Mutant> = Mutant::ALL.iter().filter(named).copied().collect();
@@ -85,7 +85,7 @@ fn look_for_mutants(args: &Args) -> ExitCode {
     }
     if let (Some(seed), [mutant]) = (args.replay, &chosen[..]) {
         let setup = Setup { trace: args.trace, ..setup_for(*mutant, seed, args.ops) };
-        let ran = if args.healthy { run_seed(setup).map(|_| ()) } else { run_planted(*mutant, setup) };
+        let ran = if args.healthy { run_healthy(*mutant, setup) } else { run_planted(*mutant, setup) };
         return match ran {
             Ok(()) => ExitCode::SUCCESS,
             Err(failure) => {
@@ -102,9 +102,10 @@ fn look_for_mutants(args: &Args) -> ExitCode {
     let (mut escaped, mut used) = (Vec::new(), BTreeSet::new());
     for mutant in chosen {
         let hunt = hunt(mutant, args.from, args.seeds, args.ops, args.threads);
-        let Plan { wants, only, often, .. } = plan(mutant);
+        let Plan { wants, only, often, story, .. } = plan(mutant);
         let mut wants: Vec<&str> = wants.iter().map(|fault| fault.name()).collect();
-        wants.extend([only.then_some("nothing else"), often.then_some("often")].iter().flatten());
+        let more = [only.then_some("nothing else"), often.then_some("often"), story.map(|_| "a story of its own")];
+        wants.extend(more.iter().flatten());
         let others: Vec<String> = hunt.others.iter().map(|(by, n)| format!("{by:?} {n}")).collect();
         let (seeds, by) = match hunt.caught {
             Some((seed, by)) => ((seed - args.from + 1).to_string(), format!("{by:?}")),

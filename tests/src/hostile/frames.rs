@@ -174,7 +174,7 @@ pub fn requests() -> Vec<Request> {
     vec![
         Request::Hello { role: PeerRole::Gateway, cluster: ids.cluster, volume: ids.volume, name: "gateway-1".into() },
         Request::Attach { replica: ids.replica, mirror: ids.mirror, lease_ms: 6000, set: set() },
-        Request::StoreSet { set: set() },
+        Request::StoreSet { set: set(), accounted: true },
         Request::ListRegions { first: RegionIndex(0), count: 4 },
         write(10, 1, false),
         write(250, 2, true),
@@ -217,6 +217,7 @@ fn replies() -> Vec<Reply> {
             stored_epoch: Epoch(2),
             kept_epoch: Epoch(2),
             told: true,
+            accounted: true,
             set: SetView { members: vec![ids.replica], ..set() },
             blocks: 1000,
             dirty: 3,

@@ -334,7 +334,7 @@ fn make_bases() -> [Base; 4] {
     let mut truth = vec![Truth::Zeroes; BLOCKS as usize];
     let new = Base { files: rig.files.clone(), truth: truth.clone(), era: 1 };
     assert!(matches!(rig.attach_as(AttachId { epoch: Epoch(2), attach: AttachNo(1) }), Reply::Attached(_)));
-    done(rig.ask(Request::StoreSet { set: set() }));
+    done(rig.ask(Request::StoreSet { set: set(), accounted: true }));
     for (block, count, seed) in [(0, 3, 1), (254, 4, 2), (700, 40, 3), (990, 10, 4)] {
         write(&mut rig, &mut truth, block, count, seed);
     }

@@ -23,12 +23,22 @@ struct Page {
     stranded: Option<Content>,
     /// Written since, oldest first; the last one is what a read sees.
     volatile: Vec<(u64, Content)>,
+    /// It is a hole because what was there has been freed.
+    freed: bool,
 }
 
 impl Page {
     fn cached(&self) -> &Content {
         let clean = self.stranded.as_ref().unwrap_or(&self.durable);
         self.volatile.last().map_or(clean, |(_, content)| content)
+    }
+
+    /// This is on the medium now; `written` are the versions that may have been there before it.
+    fn settle(&mut self, content: Content, written: &[(u64, Content)]) {
+        let punch = written.iter().rposition(|(_, content)| content.is_none());
+        let held = self.durable.is_some() || punch.is_some_and(|at| written[..at].iter().any(|(_, c)| c.is_some()));
+        self.freed = content.is_none() && (self.freed || held);
+        self.durable = content;
     }
 }
 
@@ -66,6 +76,16 @@ impl SimFile {
     /// What is on the medium.
     pub fn durable(&self, page: u64) -> &Content {
         &self.pages[page as usize].durable
+    }
+
+    /// Whether there was something that was freed.
+    pub fn is_freed(&self, page: u64) -> bool {
+        self.pages[page as usize].freed
+    }
+
+    /// What was there is known to be gone.
+    pub fn forget_freed(&mut self, page: u64) {
+        self.pages[page as usize].freed = false;
     }
 
     pub fn is_synced(&self, page: u64) -> bool {
@@ -111,10 +131,11 @@ impl SimFile {
         self.unsynced.retain(|at| {
             let page = &mut pages[*at as usize];
             let n = page.volatile.iter().take_while(|(seq, _)| *seq <= mark).count();
-            if let Some((_, content)) = page.volatile.drain(..n).next_back() {
+            let written: Vec<(u64, Content)> = page.volatile.drain(..n).collect();
+            if let Some((_, content)) = written.last().cloned() {
                 page.stranded = None;
                 match betray(*at, &content) {
-                    Betrayal::None => page.durable = content,
+                    Betrayal::None => page.settle(content, &written),
                     Betrayal::Lost => spoiled.push(*at),
                     Betrayal::Misdirected(to) => {
                         spoiled.push(*at);
@@ -161,12 +182,13 @@ impl SimFile {
                 0 => page.durable.clone(),
                 i => volatile[i as usize - 1].1.clone(),
             };
-            page.durable = match mode {
+            let left = match mode {
                 0 => page.durable.clone(),
                 1 => volatile.last().expect("unsynced").1.clone(),
                 2 => version(rng),
                 _ => torn(&version(rng), &version(rng), rng),
             };
+            page.settle(left, &volatile);
         }
     }
 

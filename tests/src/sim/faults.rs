@@ -1,5 +1,8 @@
 //! What goes wrong, and when.
 
+use client::mirror::Standing;
+use proto::cluster::SessionState;
+
 use super::disk::DiskFaults;
 use super::net::Party;
 use super::world::{Event, MS, SECOND, World};
@@ -196,11 +199,22 @@ impl World {
         (0..self.members.len()).map(|m| self.member_party(m)).collect()
     }
 
-    /// Every replica of the volume in every set, every process running, nothing cut, slow, or failing.
+    /// Every replica of the volume in every set, and its owner there and about to take none out, if it is not closed and
+    /// clean; every process running, nothing cut, slow, or failing.
     fn is_whole(&self) -> bool {
         let Some(volume) = self.truth.living() else { return false };
         let in_sync = volume.mirrors.iter().all(|m| m.in_sync.members.len() == m.replicas.len());
+        let mut sessions = self.gateways.iter().filter_map(|g| g.session(volume.id));
+        let kept = match &volume.session.state {
+            SessionState::Open { .. } => sessions.any(|s| {
+                let replicas = || s.core.status().into_iter().flat_map(|m| m.replicas);
+                s.epoch == volume.session.epoch && replicas().all(|r| r.standing == Standing::InSync)
+            }),
+            SessionState::Closed { clean, .. } => *clean,
+            SessionState::Never => true,
+        };
         in_sync
+            && kept
             && volume.state == proto::cluster::VolumeState::Ready
             && self.volumes.last().is_some_and(|v| v.id == volume.id)
             && self.net.is_whole()
@@ -213,13 +227,14 @@ impl World {
     /// old image is worth can be told only beside another replica.
     fn is_held_back(&mut self, fault: Fault) -> bool {
         if let Some(until) = self.returning_until {
-            let back = self.now > until || self.now + 29 * SECOND > until && self.is_whole();
+            let back = self.now > until + 90 * SECOND || self.now + 29 * SECOND > until && self.is_whole();
             if back {
                 self.returning_until = None;
             }
         }
+        // After a while they, too, let it come back.
         let gentle = [Fault::KillGateway, Fault::TakeOver, Fault::Close, Fault::Reset, Fault::SlowHost];
-        self.returning_until.is_some() && !gentle.contains(&fault)
+        self.returning_until.is_some_and(|until| self.now > until || !gentle.contains(&fault))
     }
 
     /// A replica of the current volume on the disk that fails in this run.
@@ -390,7 +405,8 @@ impl World {
             }
             Fault::Orphan => {
                 let other = (gateway + 1) % self.gateways.len();
-                let wait = self.rng.between(6, 12) * SECOND;
+                let wait = self.rng.pick(&[12, 30]);
+                let wait = self.rng.between(6, wait) * SECOND;
                 self.cut_for(n, Party::Gateway(other), wait);
                 self.cut_for(Party::Gateway(other), n, wait);
                 self.kill_gateway_for_a_while(gateway);

@@ -276,7 +276,9 @@ impl World {
         self.log(|| format!("an operator recovers the volume on gateway {gateway}"));
         let width = self.gateways[gateway].session(volume).map_or(0, |s| s.core.mirrors().len());
         for mirror in 0..width {
-            self.history_of(volume).power_on(mirror);
+            let history = self.history_of(volume);
+            let said = history.moment();
+            history.power_on(mirror, said);
         }
         self.work.forget(true);
         self.session_step(gateway, volume, SessionInput::Recover);

@@ -58,12 +58,21 @@ struct Record {
     values: Vec<Value>,
 }
 
+/// What was not flushed may be lost.
+#[derive(Clone, Copy, Debug)]
+struct PowerOn {
+    at: u64,
+    /// When initiators were told: no flush after that covers what was written before it.
+    said: u64,
+    /// Of the volume.
+    mirror: usize,
+}
+
 /// A run's requests. Moments are numbers that rise with every entry.
 #[derive(Debug, Default)]
 pub struct History {
     records: Vec<Record>,
-    /// When, and which mirror of the volume.
-    power_ons: Vec<(u64, usize)>,
+    power_ons: Vec<PowerOn>,
     moment: u64,
     /// Distinguishes this volume's bytes from another's that lay on the same space.
     salt: u64,
@@ -176,10 +185,15 @@ impl History {
         self.records[number as usize - 1].given_up = Some(now);
     }
 
-    /// POWER ON was announced for one mirror, and may have lost what was not flushed there.
-    pub fn power_on(&mut self, mirror: usize) {
-        let now = self.now();
-        self.power_ons.push((now, mirror));
+    /// POWER ON was announced for one mirror at the moment `said`, and may lose now what was not flushed there.
+    pub fn power_on(&mut self, mirror: usize, said: u64) {
+        let at = self.now();
+        self.power_ons.push(PowerOn { at, said, mirror });
+    }
+
+    /// The next moment.
+    pub fn moment(&mut self) -> u64 {
+        self.now()
     }
 
     pub fn len(&self) -> usize {
@@ -306,9 +320,9 @@ impl Register<'_> {
     fn check(&self) -> Result<(), String> {
         let mut candidates = vec![Candidate { value: 0, settled: true }];
         let mut from = 0;
-        let here = self.history.power_ons.iter().filter(|(_, mirror)| *mirror == self.mirror);
-        for to in here.map(|(at, _)| *at).chain([u64::MAX]) {
-            candidates = self.check_piece(from, to, candidates)?;
+        let here = self.history.power_ons.iter().filter(|p| p.mirror == self.mirror);
+        for (to, said) in here.map(|p| (p.at, p.said)).chain([(u64::MAX, u64::MAX)]) {
+            candidates = self.check_piece(from, to, said, candidates)?;
             from = to;
         }
         Ok(())
@@ -318,8 +332,9 @@ impl Register<'_> {
         if self.history.records[entry].asked == Asked::Zero { 0 } else { entry as Value + 1 }
     }
 
-    /// Checks what was answered between two moments; returns what may be there afterwards if caches are lost then.
-    fn check_piece(&self, from: u64, to: u64, candidates: Vec<Candidate>) -> Result<Vec<Candidate>, String> {
+    /// Checks what was answered between two moments; returns what may be there afterwards if caches are lost then, of
+    /// which initiators were told at `said`.
+    fn check_piece(&self, from: u64, to: u64, said: u64, candidates: Vec<Candidate>) -> Result<Vec<Candidate>, String> {
         let records = &self.history.records;
         let mut clusters: Vec<Cluster> =
             candidates.iter().map(|c| Cluster::new(c.value, from, c.settled.then_some(from))).collect();
@@ -337,7 +352,8 @@ impl Register<'_> {
             let begun = r.at.max(from);
             let ended = done.filter(|at| *at < to);
             if let Some(ended) = ended {
-                let flushed = |f: &&&Record| ended < f.at && f.told_at.is_some_and(|at| at < to);
+                let counts = |told: u64| told < to && (told < said || ended >= said);
+                let flushed = |f: &&&Record| ended < f.at && f.told_at.is_some_and(counts);
                 if r.durable || self.flushes.iter().any(|f| flushed(&f)) {
                     durable.push(begun);
                 }
@@ -401,7 +417,7 @@ impl Register<'_> {
         let replaced = |done: u64| {
             // A loss in between may have brought it back.
             let here = |mirror: usize| mirror == self.mirror;
-            let lost = self.history.power_ons.iter().any(|(at, mirror)| here(*mirror) && (done..asked).contains(at));
+            let lost = self.history.power_ons.iter().any(|p| here(p.mirror) && (done..asked).contains(&p.at));
             !lost && writes.iter().any(|(_, o)| done < o.at && done_at(o).is_some_and(|at| at < asked))
         };
         let written = writes.iter().filter(|(i, r)| self.writes_value(*i) == value && r.at < loss);
@@ -467,6 +483,10 @@ mod tests {
             let read = self.0.ask(Asked::Read, 0, 1, false);
             self.0.tell(read, Told::Done, vec![value]);
         }
+        fn power_on(&mut self) {
+            let said = self.0.moment();
+            self.0.power_on(0, said);
+        }
         fn holds(&self) -> bool {
             self.0.check(1, |_| 0).is_ok()
         }
@@ -511,7 +531,7 @@ mod tests {
         let a = s.wrote();
         s.flushed();
         let b = s.wrote();
-        s.0.power_on(0);
+        s.power_on();
         s.read(a);
         s.read(a);
         assert!(s.holds());
@@ -522,9 +542,24 @@ mod tests {
         let a = s.wrote();
         s.wrote();
         s.flushed();
-        s.0.power_on(0);
+        s.power_on();
         s.read(a);
         assert!(!s.holds());
+    }
+
+    #[test]
+    fn a_flush_covers_nothing_of_before_a_power_on_that_was_told() {
+        for told in [false, true] {
+            let mut s = Story::new();
+            let a = s.wrote();
+            s.flushed();
+            s.wrote();
+            let said = if told { s.0.moment() } else { u64::MAX };
+            s.flushed();
+            s.0.power_on(0, said);
+            s.read(a);
+            assert_eq!(s.holds(), told);
+        }
     }
 
     #[test]
@@ -535,7 +570,7 @@ mod tests {
         let [read, wrong] = [0; 2].map(|_| s.0.ask(Asked::Read, 0, 1, false));
         s.wrote();
         s.flushed();
-        s.0.power_on(0);
+        s.power_on();
         s.0.tell(read, Told::Done, vec![old]);
         assert!(s.holds());
         s.0.tell(wrong, Told::Done, vec![a]);

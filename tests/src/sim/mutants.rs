@@ -2,7 +2,8 @@
 //! meant for it finds it.
 //!
 //! A seed that fails for another reason is noted, and the next one is run. A seed counts only if the same run passes
-//! without the fault. Seeds are those of every day, but for the classes of faults that some mutants want to be there.
+//! without the fault. Seeds are those of every day, but for the classes of faults that some mutants want to be there; a
+//! few have a story of their own.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -12,8 +13,8 @@ use proto::mutant::{self, Mutant};
 
 use super::checker::Checker;
 use super::faults::Fault;
-use super::run::{Failure, run_seed};
-use super::world::{MS, Setup};
+use super::run::{Failure, run_scenario, run_seed};
+use super::world::{MS, Setup, World};
 
 /// What is known of a mutant beforehand.
 #[derive(Clone, Copy, Debug)]
@@ -26,11 +27,13 @@ pub struct Plan {
     pub only: bool,
     /// And it does so often.
     pub often: bool,
+    /// This happens instead, where chance alone hardly ever brings it together.
+    pub story: Option<fn(&mut World)>,
 }
 
 impl Plan {
     fn new(meant: &'static [Checker]) -> Self {
-        Self { meant, wants: &[], only: false, often: false }
+        Self { meant, wants: &[], only: false, often: false, story: None }
     }
     fn wants(self, wants: &'static [Fault]) -> Self {
         Self { wants, ..self }
@@ -40,6 +43,9 @@ impl Plan {
     }
     fn often(self) -> Self {
         Self { often: true, ..self }
+    }
+    fn told(self, story: fn(&mut World)) -> Self {
+        Self { story: Some(story), ..self }
     }
 }
 
@@ -75,6 +81,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::DirtyWithoutSync => plan(&[DirtyFirst]),
         Mutant::CleanAsBoolean => plan(&[CleanMeansEqual, DirtyFirst]).wants(&[Close]),
         Mutant::CleanWithoutAll => plan(&[CleanMeansEqual]),
+        Mutant::ClearUnannounced => plan(DIFFER).only(&[OldImage, Close]),
         Mutant::TrustOldImage => plan(DIFFER).only(&[OldImage, Close]),
         Mutant::EqualisedStaysDirty => plan(&[DirtyLeft]),
         Mutant::CompareSums => plan(DIFFER).wants(&[PowerCut]),
@@ -85,6 +92,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::ServeUnsettled => plan(&[Register, Medium]).wants(&[TakeOver, PowerCut]),
         Mutant::KeepRestarted => plan(&[Register, Medium]).only(&[PowerCut, KillGateway, TakeOver]).often(),
         Mutant::GoOnWithRestarted => plan(&[Register]).only(&[Orphan]),
+        Mutant::ReleaseToOlder => plan(&[Register]).told(|world| world.read_what_others_have_missed(true)),
         Mutant::StoreSetEarly => plan(&[MetadataOld]),
         Mutant::SilentLoss => plan(&[Register]).wants(&[PowerCutAll, TakeOver]),
         Mutant::FlushAtOnce => plan(&[Durable]),
@@ -121,8 +129,11 @@ pub struct Hunt {
 
 /// What a seed is for a mutant: the same world, in which at least the faults that it wants happen.
 pub fn setup_for(mutant: Mutant, seed: u64, ops: u64) -> Setup {
-    let mut setup = Setup::of_seed(seed, ops);
     let plan = plan(mutant);
+    if plan.story.is_some() {
+        return Setup::quiet(seed);
+    }
+    let mut setup = Setup::of_seed(seed, ops);
     if plan.only {
         setup.faults.clear();
     }
@@ -151,16 +162,27 @@ enum Tried {
 /// What was found.
 pub fn run_planted(mutant: Mutant, setup: Setup) -> Result<(), Box<Failure>> {
     mutant::plant(Some(mutant));
-    let ran = run_seed(setup).map(|_| ());
+    let ran = run_healthy(mutant, setup);
     mutant::plant(None);
     ran
+}
+
+/// The same run without it.
+///
+/// # Errors
+/// What was found.
+pub fn run_healthy(mutant: Mutant, setup: Setup) -> Result<(), Box<Failure>> {
+    match plan(mutant).story {
+        Some(story) => run_scenario(setup, story).map(|_| ()),
+        None => run_seed(setup).map(|_| ()),
+    }
 }
 
 fn try_seed(mutant: Mutant, setup: &Setup) -> Tried {
     match run_planted(mutant, setup.clone()) {
         Ok(()) => Tried::Passes,
-        Err(failure) => match run_seed(setup.clone()) {
-            Ok(_) => Tried::Found(failure.checker),
+        Err(failure) => match run_healthy(mutant, setup.clone()) {
+            Ok(()) => Tried::Found(failure.checker),
             Err(_) => Tried::Unsound,
         },
     }

@@ -11,8 +11,8 @@ use node::data::plane::{is_unmade, made_as};
 use node::metadata::Command;
 use node::replica::layout::Layout;
 use node::replica::{
-    Config, ConnId, CopyError, CopyToken, Create, DiskIo, FileKind, FileLengths, Input, OpId, OpenError, Output,
-    ReplicaCore, ReplicaIds,
+    Config, ConnId, CopyError, CopyToken, Create, DiskIo, FileKind, FileLengths, Input, Notice, OpId, OpenError,
+    Output, ReplicaCore, ReplicaIds,
 };
 use node::store::Found;
 use proto::cluster::{Pool, Refusal, RequestId};
@@ -526,7 +526,12 @@ impl World {
                     self.end_era(replica);
                     self.after(REOPEN, Event::ReplicaOpens { replica, boot });
                 }
-                Output::Notice(notice) => self.log(|| format!("  replica {replica} {notice:?}")),
+                Output::Notice(notice) => {
+                    self.log(|| format!("  replica {replica} {notice:?}"));
+                    if let Notice::ReadFailed { block } = notice {
+                        self.unreadable(replica, block.0);
+                    }
+                }
             }
         }
         if self.scratch.capacity() < out.capacity() {

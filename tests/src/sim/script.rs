@@ -111,4 +111,69 @@ impl World {
         nodes.sort_unstable();
         nodes
     }
+
+    /// Gateway 1 takes over with node 0, which has lost its cache: region 0 waits for the other two, which it can't
+    /// reach, and which leave the set.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn leave_two_behind(&mut self) {
+        self.write(0, 0, 10, 8, false);
+        self.answered();
+        self.kill_gateway(0);
+        self.kill_node(0, true);
+        for (gateway, node) in [(0, 1), (0, 2), (1, 1), (1, 2)] {
+            self.cut(Party::Gateway(gateway), Party::Node(node));
+        }
+        self.start_node(0);
+        self.want_on(1, true);
+        let alone = |w: &mut Self| w.takes_requests(1) && w.in_sync() == [0] && w.status(1).unsettled > 0;
+        self.until("it goes on with one node", alone);
+        // Until that one has been told.
+        self.run_for(SECOND);
+    }
+
+    /// Node 0 is attached anew, without a restart: by the session of gateway 1, or by one of gateway 0. Returns whose it
+    /// is.
+    ///
+    /// # Panics
+    /// If it is not.
+    pub fn attach_again(&mut self, same_session: bool) -> usize {
+        if same_session {
+            self.reset_link(1, 0);
+        } else {
+            self.start_gateway(0);
+            self.want_on(0, true);
+        }
+        let gateway = usize::from(same_session);
+        self.run_for(SECOND / 10);
+        self.until("it waits again", |w| w.takes_requests(gateway) && w.status(gateway).unsettled > 0);
+        self.run_for(SECOND);
+        gateway
+    }
+
+    /// The last member is written where others are not, restarts, and is attached again; then the others are back, and
+    /// that is read.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn read_what_others_have_missed(&mut self, same_session: bool) {
+        self.open();
+        self.leave_two_behind();
+        // Another region than the one that waits.
+        self.write(0, 1, 300, 8, false);
+        self.answered();
+        // From now on it can't tell the regions that the others know from those that they don't.
+        self.kill_node(0, true);
+        self.run_for(SECOND);
+        self.start_node(0);
+        self.until("all that it holds waits", |w| w.takes_requests(1) && w.status(1).unsettled >= 2);
+        self.run_for(SECOND);
+        let gateway = self.attach_again(same_session);
+        for node in [1, 2] {
+            self.join_up(Party::Gateway(gateway), Party::Node(node));
+        }
+        self.read(2, gateway, 300, 8);
+        self.run_for(20 * SECOND);
+    }
 }

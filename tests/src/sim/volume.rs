@@ -54,6 +54,8 @@ pub struct Volume {
     pub ended_at: Vec<u64>,
     /// By mirror: its POWER ON was told while a replica that counts had everything, and it has not settled since.
     told_early: Vec<bool>,
+    /// By mirror: the moment of the last POWER ON.
+    said: Vec<u64>,
     /// It is being deleted, or gone.
     pub deleted: bool,
 }
@@ -78,6 +80,7 @@ impl Volume {
             suspect: vec![false; blocks as usize],
             ended_at: vec![0; blocks as usize],
             told_early: vec![false; info.mirrors.len()],
+            said: vec![0; info.mirrors.len()],
             doubted: BTreeSet::new(),
             unreadable: BTreeSet::new(),
             rot: BTreeSet::new(),
@@ -176,13 +179,15 @@ impl World {
         }
     }
 
-    /// Whether every member that a session can read may have been unable to keep, or to read, a block of the volume.
-    pub(super) fn may_be_bad(&self, gateway: usize, volume: VolumeId, block: u64) -> bool {
+    /// Whether every member that a session could read when it was asked, at `asked_ms` of its clock, may have been unable
+    /// to keep, or to read, a block of the volume. One that has joined since came too late to be asked, perhaps: what was
+    /// found is told when other mirrors' parts are there, and under a lease.
+    pub(super) fn may_be_bad(&self, gateway: usize, volume: VolumeId, block: u64, asked_ms: u64) -> bool {
         let known = self.volume(volume);
         let (mirror, at) = known.place(block);
         let Some(session) = self.gateways[gateway].session(volume) else { return true };
         let status = session.core.mirrors()[mirror].status();
-        let mut read = status.replicas.iter().filter(|r| r.standing == Standing::InSync);
+        let mut read = status.replicas.iter().filter(|r| r.standing == Standing::InSync && r.since <= asked_ms);
         let doubted = |id: &ReplicaId| self.replica_at.get(id).is_some_and(|r| known.is_doubted(*r, at));
         known.suspect[block as usize] && read.all(|r| doubted(&r.replica))
     }
@@ -219,16 +224,22 @@ impl World {
 
     /// What was not flushed may be lost.
     fn excuse(&mut self, volume: VolumeId, mirror: usize) {
-        self.history_of(volume).power_on(mirror);
+        let known = self.volume_mut(volume);
+        let said = known.said[mirror];
+        known.history.power_on(mirror, said);
         self.work.forget(false);
     }
 
     /// A session says that every cache of a mirror was lost. It excuses what is lost if that is true, or as soon as it
     /// is: until then the blocks wait for who has them (R8).
     pub(super) fn power_on_said(&mut self, volume: VolumeId, mirror: usize) {
+        let known = self.volume_mut(volume);
+        known.said[mirror] = known.history.moment();
         if self.lossless {
             return;
         }
+        // Whatever is lost of it, and when: it was not flushed.
+        self.work.forget(false);
         if self.all_lack(volume, mirror) {
             self.excuse(volume, mirror);
         } else {
@@ -296,6 +307,22 @@ impl World {
             if let Some(block) = volume.block_of(mirror, block) {
                 volume.history.give_up_block(block);
             }
+        }
+    }
+
+    /// A block could not be read. Where a disk has spoiled it elsewhere, and a session has yet to settle what it found,
+    /// that is two copies at once, too: nobody may tell any more which of the rest is newer.
+    pub(super) fn unreadable(&mut self, replica: usize, block: u64) {
+        let (id, mirror) = (self.replicas[replica].volume, self.replicas[replica].mirror);
+        let mut sessions = self.gateways.iter().filter_map(|g| g.session(id));
+        let settled = sessions.all(|s| s.core.mirrors()[mirror].is_settled());
+        let replicas = &self.replicas;
+        let Some(volume) = self.volumes.iter_mut().find(|v| v.id == id).filter(|_| !settled) else { return };
+        let elsewhere = |(r, b): &(usize, u64)| *b == block && *r != replica && replicas[*r].mirror == mirror;
+        if volume.rot.iter().any(elsewhere)
+            && let Some(block) = volume.block_of(mirror, block)
+        {
+            volume.history.give_up_block(block);
         }
     }
 

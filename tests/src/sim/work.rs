@@ -10,6 +10,7 @@ use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 
 use super::checker::Checker;
 use super::history::{Asked, BLOCK_SECTORS, Told, Value, bytes_of, values_of};
+use super::net::Party;
 use super::world::{Event, MS, Setup, World};
 
 /// Clients; they compete for the same blocks.
@@ -33,6 +34,8 @@ pub(super) struct Out {
     /// More than one mirror's request: an abort may have found some of it done.
     split: bool,
     moment: u64,
+    /// When it was asked for, by its gateway's clock.
+    asked_ms: u64,
     /// What was acknowledged before a flush was asked for, and may not be asked for again meanwhile (R9).
     covers: Vec<Covered>,
 }
@@ -212,6 +215,7 @@ impl World {
             first_sector: u64::MAX,
             split: pieces > 1 || odd,
             moment,
+            asked_ms: self.clock(Party::Gateway(gateway)),
             covers: Vec::new(),
         }
     }
@@ -340,7 +344,7 @@ impl World {
             Ended::Block(BlockOutcome::Medium { offset }) => {
                 self.counters.medium += 1;
                 let block = offset / BLOCK_SIZE;
-                if !self.may_be_bad(out.gateway, volume, block) {
+                if !self.may_be_bad(out.gateway, volume, block, out.asked_ms) {
                     return self.fail(
                         Checker::Medium,
                         format!("R10: medium error at block {block}, where nothing was damaged"),

@@ -624,11 +624,17 @@ fn a_set_is_stored_durably_and_never_goes_back() {
     let mut rig = Rig::attached();
     let set =
         |version, clean| SetView { version: SetVersion(version), members: vec![ids().replica], clean: CleanNo(clean) };
-    rig.done(Request::StoreSet { set: set(3, 5) });
-    rig.done(Request::StoreSet { set: set(3, 2) });
-    assert_eq!(failed(&rig.ask(Request::StoreSet { set: set(2, 9) })), Code::Invalid);
+    rig.done(Request::StoreSet { set: set(3, 5), accounted: true });
+    rig.done(Request::StoreSet { set: set(3, 2), accounted: true });
+    assert_eq!(failed(&rig.ask(Request::StoreSet { set: set(2, 9), accounted: true })), Code::Invalid);
+    let info = rig.attach(1, 9);
+    assert!(info.told && info.accounted);
     rig.power_cut(&mut Rng(1));
-    assert_eq!(rig.attach(2, 1).set, set(3, 5));
+    let info = rig.attach(2, 1);
+    assert_eq!((info.set, info.told, info.accounted), (set(3, 5), false, false));
+    rig.done(Request::StoreSet { set: set(4, 5), accounted: false });
+    let info = rig.attach(2, 2);
+    assert!(info.told && !info.accounted, "told by a session that does not know what is suspect");
 }
 
 #[test]
@@ -652,12 +658,12 @@ fn a_rebuilt_replica_says_so_until_it_is_settled_and_counted_in() {
     rig.done(Request::Restamp { block: BlockIndex(256), blocks: [u64::MAX; 4] });
     assert!(rig.bytes(256, 256).is_ok());
     let set = SetView { version: SetVersion(1), members: vec![ids().replica], clean: CleanNo(0) };
-    rig.done(Request::StoreSet { set: set.clone() });
+    rig.done(Request::StoreSet { set: set.clone(), accounted: true });
     assert!(rig.attach(1, 2).rebuilt, "suspect regions are left");
     rig.flush(1);
     let entries = (0..7).map(|r| proto::frame::CleanEntry { region: RegionIndex(r), flush: FlushNo(1) }).collect();
     rig.done(Request::Settle { entries });
-    rig.done(Request::StoreSet { set });
+    rig.done(Request::StoreSet { set, accounted: true });
     assert!(!rig.attach(1, 3).rebuilt);
 }
 
