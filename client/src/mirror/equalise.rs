@@ -25,8 +25,11 @@ use super::types::*;
 
 /// After a request of the volume, background work leaves room for so long.
 const FOREGROUND_MS: u64 = 50;
-/// While it does, one region is begun at most so often: 25 MiB/s and mirror at least, so that it always advances.
-const YIELDING_PACE_MS: u64 = 40;
+/// While it does, one region at a time is equalised, and between two of them it rests so many times as long as the first
+/// one took: an eighth of what the machines could do is left to it.
+const YIELDING_REST: u64 = 7;
+/// In milliseconds at least, and at most: it always advances, by 5 MiB/s and mirror or more.
+const YIELDING_REST_MS: (u64, u64) = (40, 160);
 /// What a limit did not let begin in so much time, since the clock ticks seldom, is made up for.
 const CATCH_UP_MS: u64 = 100;
 /// Nodes that could not reach each other are not tried again for so long, nor within one join: trying ends it.
@@ -72,6 +75,8 @@ enum Outstanding {
 #[derive(Debug)]
 pub(super) struct Equalise {
     stage: EqualiseStage,
+    /// When its lock was got.
+    locked_at: u64,
     /// Those whose hashes count and that are made equal.
     participants: Mask,
     /// Only look.
@@ -167,7 +172,6 @@ impl Mirror {
             let Some(region) = self.settling.unsettled.iter().find(free).or_else(|| self.next_join_region(free)) else {
                 break;
             };
-            self.background_next = now + YIELDING_PACE_MS;
             if let Some(limit) = self.background.limit {
                 let (_, blocks) = self.blocks_of(region);
                 let takes = u64::from(blocks) * BLOCK_SIZE * 1_000 / limit;
@@ -187,6 +191,7 @@ impl Mirror {
     ) {
         let run = Equalise {
             stage: EqualiseStage::Locking,
+            locked_at: 0,
             participants: Mask::EMPTY,
             compare_only,
             comparing,
@@ -236,6 +241,7 @@ impl Mirror {
         }
         let run = self.equalising.get_mut(&region).expect("begun");
         run.stage = EqualiseStage::Hashing;
+        run.locked_at = now;
         (run.participants, run.was_dirty, run.outstanding) = (participants, was_dirty, outstanding);
         run.failed |= participants.is_empty();
         self.compared_bytes += u64::from(count) * BLOCK_SIZE;
@@ -613,6 +619,8 @@ impl Mirror {
 
     fn end_equalise(&mut self, now: u64, region: RegionIndex, out: &mut Vec<Output>) {
         let run = self.equalising.remove(&region).expect("runs");
+        let took = now.saturating_sub(run.locked_at);
+        self.background_next = now + (took * YIELDING_REST).clamp(YIELDING_REST_MS.0, YIELDING_REST_MS.1);
         if !run.compare_only && !mutant::is(Mutant::EqualisedStaysDirty) {
             self.dirty.written(region, now, self.flush_next);
         }
