@@ -11,7 +11,7 @@ use proto::id::{AttachId, AttachNo, BlockIndex, Epoch};
 const ATTACH: AttachId = AttachId { epoch: Epoch(7), attach: AttachNo(3) };
 
 fn data(blocks: usize) -> Bytes {
-    (0..blocks * 4096).map(|i| (i * 31 >> 3) as u8).collect::<Vec<_>>().into()
+    (0..blocks * 4096).map(|i| ((i * 31) >> 3) as u8).collect::<Vec<_>>().into()
 }
 
 fn sums(c: &mut Criterion) {

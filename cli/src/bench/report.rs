@@ -313,17 +313,17 @@ fn plot(title: &str, lines: &[Line<'_>], scale: &Scale) -> String {
     let whole = lengths.iter().sum::<f64>().max(1e-3);
     let x = |seconds: f64| LEFT + (seconds / whole).clamp(0.0, 1.0) * (WIDTH - LEFT - RIGHT);
     let mut out = String::new();
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{0}\"><title>{0}</title>\n",
+        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{0}\"><title>{0}</title>",
         escape(title)
     );
     for (value, label) in &scale.ticks {
         let y = scale.at(*value);
-        let _ = write!(
+        let _ = writeln!(
             out,
             "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\
-             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>\n",
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>",
             WIDTH - RIGHT,
             LEFT - 6.0,
             y + 5.0
