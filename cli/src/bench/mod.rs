@@ -44,7 +44,7 @@ const ROUNDS: u32 = 3;
 
 /// `cluster bench`.
 #[derive(Debug, Args)]
-#[command(group = ArgGroup::new("targets").args(["volume", "url"]).required(true).multiple(true))]
+#[command(group = ArgGroup::new("targets").args(["volume", "url", "list"]).required(true).multiple(true))]
 #[command(group = ArgGroup::new("own").args(["block_size", "read_percent", "random", "sequential", "queue_depth", "fua"])
     .multiple(true).conflicts_with_all(["shape", "all"]))]
 pub struct BenchArgs {

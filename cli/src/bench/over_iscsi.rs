@@ -206,7 +206,6 @@ fn drive(share: Vec<(usize, Lane)>, plan: &Plan<'_>, recorder: &Mutex<Recorder>)
             return;
         }
     }
-    drop(begin);
     for lane in lanes {
         lane.log_out();
     }

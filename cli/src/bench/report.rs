@@ -10,10 +10,10 @@ use crate::size;
 /// A plot, in its own units; the page scales it.
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 260.0;
-const LEFT: f64 = 58.0;
+const LEFT: f64 = 68.0;
 const RIGHT: f64 = 10.0;
 const TOP: f64 = 12.0;
-const BOTTOM: f64 = 30.0;
+const BOTTOM: f64 = 34.0;
 /// Targets that have a colour of their own; further ones begin again.
 const COLOURS: usize = 6;
 /// From this size of request on throughput is told in bytes.
@@ -39,7 +39,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem;
   margin-top: .6rem }
 figure { margin: 0 } figcaption { color: var(--faint); font-size: .85rem } svg { width: 100%; height: auto; display: block }
-svg text { fill: var(--faint); font: 12px system-ui, sans-serif } .grid { stroke: var(--line) }
+svg text { fill: var(--faint); font: 15px system-ui, sans-serif } .grid { stroke: var(--line) }
 .round { stroke: var(--faint); stroke-dasharray: 2 4; opacity: .6 } path { fill: none; stroke-width: 1.7 }
 .p99 { stroke-dasharray: 6 3 } .max { stroke-dasharray: 1.5 3 }
 .s0 { stroke: var(--c0) } .s1 { stroke: var(--c1) } .s2 { stroke: var(--c2) } .s3 { stroke: var(--c3) }
@@ -114,7 +114,15 @@ fn about(out: &mut String, report: &Report) {
         ),
         ("kernel", machine.kernel.clone()),
         ("load average", format!("{} before, {} after", machine.load_average, report.load_average_after)),
-        ("rounds", format!("{} of {round}, {} sessions", report.rounds, report.sessions)),
+        (
+            "rounds",
+            format!(
+                "{} of {round}, {} session{}",
+                report.rounds,
+                report.sessions,
+                if report.sessions == 1 { "" } else { "s" }
+            ),
+        ),
         ("region", filled.into()),
     ];
     rows.extend(report.targets.iter().map(|target| {
@@ -305,20 +313,20 @@ fn plot(title: &str, lines: &[Line<'_>], scale: &Scale) -> String {
     let whole = lengths.iter().sum::<f64>().max(1e-3);
     let x = |seconds: f64| LEFT + (seconds / whole).clamp(0.0, 1.0) * (WIDTH - LEFT - RIGHT);
     let mut out = String::new();
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{0}\"><title>{0}</title>\n",
+        "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{0}\"><title>{0}</title>",
         escape(title)
     );
     for (value, label) in &scale.ticks {
         let y = scale.at(*value);
-        let _ = write!(
+        let _ = writeln!(
             out,
             "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>\
-             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>\n",
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>",
             WIDTH - RIGHT,
             LEFT - 6.0,
-            y + 4.0
+            y + 5.0
         );
     }
     let mut starts = Vec::new();

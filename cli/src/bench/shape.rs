@@ -159,7 +159,7 @@ mod tests {
         let region = 1 << 20;
         for shape in named() {
             let mut requests = Requests::new(&shape, region, 0, 1, 7);
-            let (mut reads, n) = (0, 10_000);
+            let (mut reads, n) = (0u64, 10_000);
             for _ in 0..n {
                 let (io, _) = requests.draw();
                 let lba = match io {
@@ -186,7 +186,7 @@ mod tests {
         let mut requests = Requests::new(&Shape::fill(1 << 20), 4 << 20, 1, 2, 1);
         let at: Vec<u64> = (0..4)
             .map(|_| match requests.draw().0 {
-                Io::Write { lba, .. } => lba * SECTOR >> 20,
+                Io::Write { lba, .. } => (lba * SECTOR) >> 20,
                 other => panic!("{other:?}"),
             })
             .collect();

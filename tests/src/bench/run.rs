@@ -56,6 +56,9 @@ fn say(text: &str) {
     eprintln!("bench: {text}");
 }
 
+/// One of the figures.
+type Get = fn(&Figures) -> f64;
+
 /// How long a load is.
 enum Length {
     Time(Duration),
@@ -207,57 +210,35 @@ impl Run<'_> {
             }
         }
         self.results.measured.extend(medians(&rounds));
-        let find =
-            |results: &Results, shape: &str, target: &str| results.find(shape, target).cloned().unwrap_or_default();
-        let own = |run: &Self, shape: &str| find(&run.results, shape, MD99);
-        let bound =
-            |run: &Self, shape: &str, target: &str, get: fn(&Figures) -> f64| run.results.find(shape, target).map(get);
-        let (iops, mb): (fn(&Figures) -> f64, fn(&Figures) -> f64) = (|f| f.iops, |f| f.mb_per_s);
-        for (figure, shape, limits) in
-            [("4k random write QD1", "randwrite1", (0.4, 0.6)), ("4k random write QD32", "randwrite32", (0.5, 0.8))]
-        {
-            self.line(figure, By::Fanout, own(self, shape).iops, "IOPS", bound(self, shape, FANOUT, iops), limits);
-            let (ceph, limits) = match shape {
-                "randwrite1" => (CEPH_MEMORY.0, (5.0, 8.0)),
-                _ => (CEPH_MEMORY.1, (7.0, 11.0)),
-            };
-            self.line(figure, By::Anchor, own(self, shape).iops, "IOPS", Some(ceph), limits);
+        let iops: Get = |figures| figures.iops;
+        let mb: Get = |figures| figures.mb_per_s;
+        for (figure, shape, target, unit, get, limits) in [
+            ("4k random write QD1", "randwrite1", FANOUT, "IOPS", iops, (0.4, 0.6)),
+            ("4k random write QD32", "randwrite32", FANOUT, "IOPS", iops, (0.5, 0.8)),
+            ("4k random read QD1", "randread1", TGTD, "IOPS", iops, (0.45, 0.7)),
+            ("4k random read QD32", "randread32", TGTD, "IOPS", iops, (0.6, 1.0)),
+            ("64k 70/30 QD16", "mixed", FANOUT, "MB/s", mb, (0.7, 1.0)),
+            ("1M sequential write QD8", "seqwrite", FANOUT, "MB/s", mb, (0.5, 0.8)),
+            ("1M sequential read QD8", "seqread", TGTD, "MB/s", mb, (0.65, 1.0)),
+        ] {
+            let own = self.results.find(shape, MD99).map_or(0.0, get);
+            let bound = self.results.find(shape, target).map(get);
+            let by = if target == FANOUT { By::Fanout } else { By::Tgtd };
+            self.line(figure, by, own, unit, bound, limits);
+            if shape == "mixed" {
+                self.note("the bound only writes".into());
+            }
+        }
+        for (figure, shape, ceph, limits) in [
+            ("4k random write QD1", "randwrite1", CEPH_MEMORY.0, (5.0, 8.0)),
+            ("4k random write QD32", "randwrite32", CEPH_MEMORY.1, (7.0, 11.0)),
+        ] {
+            let own = self.results.find(shape, MD99).map_or(0.0, iops);
+            self.line(figure, By::Anchor, own, "IOPS", Some(ceph), limits);
             self.note("another run, another day: a rough measure only".into());
         }
-        let cpu = own(self, "randwrite32").target_us_per_io.unwrap_or(0.0);
-        self.line("CPU per 4k write QD32, all daemons", By::AtMost, cpu, "us", None, (110.0, 70.0));
-        for (figure, shape, limits) in
-            [("4k random read QD1", "randread1", (0.45, 0.7)), ("4k random read QD32", "randread32", (0.6, 1.0))]
-        {
-            self.line(figure, By::Tgtd, own(self, shape).iops, "IOPS", bound(self, shape, TGTD, iops), limits);
-        }
-        self.line(
-            "64k 70/30 QD16",
-            By::Fanout,
-            own(self, "mixed").mb_per_s,
-            "MB/s",
-            bound(self, "mixed", FANOUT, mb),
-            (0.7, 1.0),
-        );
-        self.note("the bound only writes".into());
-        let limits = (0.5, 0.8);
-        self.line(
-            "1M sequential write QD8",
-            By::Fanout,
-            own(self, "seqwrite").mb_per_s,
-            "MB/s",
-            bound(self, "seqwrite", FANOUT, mb),
-            limits,
-        );
-        let limits = (0.65, 1.0);
-        self.line(
-            "1M sequential read QD8",
-            By::Tgtd,
-            own(self, "seqread").mb_per_s,
-            "MB/s",
-            bound(self, "seqread", TGTD, mb),
-            limits,
-        );
+        let cpu = self.results.find("randwrite32", MD99).and_then(|figures| figures.target_us_per_io);
+        self.line("CPU per 4k write QD32, all daemons", By::AtMost, cpu.unwrap_or(0.0), "us", None, (110.0, 70.0));
         self.line(
             "resident memory under load, all daemons",
             By::AtMost,

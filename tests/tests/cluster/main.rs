@@ -3,6 +3,7 @@
 //! some measure how long an initiator waits. A test that fails keeps its directory and prints the ends of the logs.
 
 mod bad_input;
+mod bench;
 mod external;
 mod failover;
 mod fencing;
