@@ -6,11 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use client::mirror::Standing;
 use client::volume::Stripe;
 use node::replica::ReplicaCore;
+use node::replica::superblock::Superblock;
 use proto::cluster::{VolumeInfo, VolumeState};
 use proto::id::{Epoch, MirrorId, RegionIndex, ReplicaId, VolumeId};
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 
 use super::checker::Checker;
+use super::disk::PAGE;
 use super::history::{BLOCK_SECTORS, History};
 use super::net::Party;
 use super::world::World;
@@ -216,10 +218,23 @@ impl World {
     }
 
     /// Whether every replica that counts for a mirror, or is waited for, has lost its cache and nothing has made up for it.
+    /// A member that was killed before it stored that the last session counts on it, where another one has stored that,
+    /// is taken for an old image, and does not count (R6).
     fn all_lack(&self, volume: VolumeId, mirror: usize) -> bool {
         let Some(info) = self.truth.volumes.get(&volume).and_then(|v| v.mirrors.get(mirror)) else { return true };
-        let counts = info.in_sync.members.iter().chain(&info.in_sync.awaited);
-        counts.filter_map(|id| self.replica_at.get(id)).all(|r| self.replicas[*r].watched.lacks)
+        let at = |ids: &[ReplicaId]| ids.iter().filter_map(|id| self.replica_at.get(id).copied()).collect::<Vec<_>>();
+        let (mut counts, awaited) = (at(&info.in_sync.members), at(&info.in_sync.awaited));
+        let newest = counts.iter().map(|r| self.kept_epoch(*r)).max();
+        counts.retain(|r| Some(self.kept_epoch(*r)) == newest);
+        counts.iter().chain(&awaited).all(|r| self.replicas[*r].watched.lacks)
+    }
+
+    /// The session that last counted on a replica, as its disk says.
+    fn kept_epoch(&self, replica: usize) -> Epoch {
+        let r = &self.replicas[replica];
+        let pages = [0, 1].map(|copy| r.disk.meta.durable(r.layout.superblock(copy) / PAGE).as_ref());
+        let known = pages.into_iter().flatten().filter_map(|page| Superblock::decode(page).ok());
+        known.max_by_key(|superblock| superblock.generation).map_or(Epoch(0), |superblock| superblock.kept_epoch)
     }
 
     /// What was not flushed may be lost.
