@@ -159,6 +159,19 @@ impl Md99 {
     /// # Errors
     /// When that takes longer than `patience`.
     pub async fn in_sync(&self, patience: Duration) -> anyhow::Result<()> {
+        self.wait(patience, true).await
+    }
+
+    /// Waits until the metadata have every replica in the in-sync set: that is committed when a resync is done, and
+    /// seen at once, where the owner's word comes once a second.
+    ///
+    /// # Errors
+    /// When that takes longer than `patience`.
+    pub async fn committed(&self, patience: Duration) -> anyhow::Result<()> {
+        self.wait(patience, false).await
+    }
+
+    async fn wait(&self, patience: Duration, by_owner_too: bool) -> anyhow::Result<()> {
         let until = Instant::now() + patience;
         let cluster = Cluster::find(Some(&self.config())).map_err(|failure| anyhow::anyhow!("{failure}"))?;
         loop {
@@ -166,6 +179,9 @@ impl Md99 {
                 && let Some(volume) = status.view.volume_named(VOLUME)
             {
                 let committed = volume.mirrors.iter().all(|m| m.in_sync.members.len() == m.replicas.len());
+                if committed && !by_owner_too {
+                    return Ok(());
+                }
                 if committed
                     && let Owner::Heard(session) = status::owner(&status, volume)
                     && let mut replicas = session.report.mirrors.iter().flat_map(|mirror| &mirror.replicas)
