@@ -232,6 +232,10 @@ impl World {
     /// The session that last counted on a replica, as its disk says.
     fn kept_epoch(&self, replica: usize) -> Epoch {
         let r = &self.replicas[replica];
+        if r.disk.meta.bytes() == 0 {
+            // Its files are deleted.
+            return Epoch(0);
+        }
         let pages = [0, 1].map(|copy| r.disk.meta.durable(r.layout.superblock(copy) / PAGE).as_ref());
         let known = pages.into_iter().flatten().filter_map(|page| Superblock::decode(page).ok());
         known.max_by_key(|superblock| superblock.generation).map_or(Epoch(0), |superblock| superblock.kept_epoch)
