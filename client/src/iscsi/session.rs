@@ -139,6 +139,9 @@ struct TextExchange {
     outgoing: Outgoing,
 }
 
+/// A command that waits for its turn, and the data that came with it.
+type Early = (Request, Vec<u8>);
+
 /// A session in full-feature phase.
 pub struct IscsiSession {
     iqn: String,
@@ -164,7 +167,7 @@ pub struct IscsiSession {
     /// Memory of answers that are not written yet: released when the wire has come to the mark.
     unwritten: VecDeque<(u64, u64)>,
     /// Commands that came before their turn; `None` for one that was aborted before it came.
-    early: Vec<(CmdSn, Option<(Request, Vec<u8>)>)>,
+    early: Vec<(CmdSn, Option<Early>)>,
     management: Vec<Management>,
     barriers: Vec<Barrier>,
     text: Option<TextExchange>,
