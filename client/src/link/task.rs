@@ -199,31 +199,35 @@ async fn serve(
         }
         // What else has come: a read that filled its space is followed by another.
         let mut reads = READS_PER_TURN;
-        loop {
-            loop {
+        let ended: Option<LinkError> = loop {
+            let taken = loop {
                 match take_reply(&mut reader) {
                     Ok(Some(reply)) if reply.0.kind == Kind::Ping => {}
                     Ok(Some(reply)) => replies.push(reply),
-                    Ok(None) => break,
-                    Err(error) => return error.into(),
+                    Ok(None) => break None,
+                    Err(error) => break Some(error.into()),
                 }
-            }
+            };
             reads -= 1;
-            if reads == 0 {
-                break;
+            if taken.is_some() || reads == 0 {
+                break taken;
             }
             let mut space = reader.space();
             match now_or_never(incoming.read_buf(&mut space)).await {
-                None => break,
-                Some(Ok(0)) => return LinkError::Closed,
+                None => break None,
+                Some(Ok(0)) => break Some(LinkError::Closed),
                 Some(Ok(_)) => {}
-                Some(Err(error)) => return error.into(),
+                Some(Err(error)) => break Some(error.into()),
             }
-        }
+        };
         live.heard(now_ms());
         if !replies.is_empty() {
+            // Also of a node that is gone now: what it has answered counts.
             events.replies(config.node, &mut replies);
             replies.clear();
+        }
+        if let Some(error) = ended {
+            return error;
         }
     }
 }

@@ -28,7 +28,7 @@ const FOREGROUND_MS: u64 = 50;
 /// While it does, one region at a time is equalised, and between two of them it rests so many times as long as the first
 /// one took: an eighth of what the machines could do is left to it.
 const YIELDING_REST: u64 = 7;
-/// In milliseconds at least, and at most: it always advances, by 5 MiB/s and mirror or more.
+/// In milliseconds at least, and at most: it always advances.
 const YIELDING_REST_MS: (u64, u64) = (40, 160);
 /// What a limit did not let begin in so much time, since the clock ticks seldom, is made up for.
 const CATCH_UP_MS: u64 = 100;
@@ -116,9 +116,16 @@ pub(super) struct Background {
     /// A run lost somebody and must be looked at.
     pub stirred: bool,
     /// Bytes a second that work nobody waits for compares at most.
-    pub limit: Option<u64>,
+    limit: Option<u64>,
     /// When the limit lets the next region begin.
     allowed_at: u64,
+}
+
+impl Background {
+    pub fn set_limit(&mut self, now: u64, limit: Option<u64>) {
+        self.limit = limit;
+        self.allowed_at = self.allowed_at.min(now);
+    }
 }
 
 impl Mirror {

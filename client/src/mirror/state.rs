@@ -246,6 +246,8 @@ pub struct Mirror {
     /// When a request of the volume was last seen: background work yields to it.
     pub(super) foreground_at: u64,
     pub(super) background_next: u64,
+    /// When the clock ticked last.
+    pub(super) ticked_at: u64,
 
     pub(super) copied_bytes: u64,
     pub(super) compared_bytes: u64,
@@ -314,6 +316,7 @@ impl Mirror {
             hash_count: 0,
             foreground_at: 0,
             background_next: 0,
+            ticked_at: 0,
             copied_bytes: 0,
             compared_bytes: 0,
             restamped_blocks: 0,
@@ -349,7 +352,7 @@ impl Mirror {
             Input::Recover => {
                 self.forced = matches!(self.phase, Phase::Opening { .. }) || !self.settling.blocked.is_empty();
             }
-            Input::LimitResync(limit) => self.background.limit = limit,
+            Input::LimitResync(limit) => self.background.set_limit(now, limit),
             Input::Close => {
                 if !self.is_closing() {
                     self.begin_close(out);
@@ -370,6 +373,7 @@ impl Mirror {
             && self.sent.is_empty()
             && self.equalising.is_empty()
             && self.change.is_none()
+            && self.unflushed_since.is_none()
             && self.live_members() == self.all_slots()
     }
 
@@ -600,7 +604,7 @@ impl Mirror {
         }
         match sent.what {
             What::Op(id) => self.op_answered(now, slot, id, reply, out),
-            What::Dropped => {}
+            What::Dropped => self.dropped_answered(reply),
             What::Replay(index) => self.replay_answered(slot, index, reply),
             What::Equalise(region) => self.equalise_answered(now, slot, region, tag, reply, out),
             what => match reply {

@@ -69,6 +69,7 @@ impl Conn {
 
     /// Queues a reply; [`flush`](Self::flush) sends it.
     pub(super) fn push(&self, header: (u32, u64), frame: Encoded) {
+        let might_read = self.may_read();
         if !self.large.borrow().is_empty()
             && let Some(bytes) = self.large.borrow_mut().remove(&header)
         {
@@ -79,6 +80,14 @@ impl Conn {
         out.push_back(frame.head);
         if !frame.payload.is_empty() {
             out.push_back(frame.payload);
+        }
+        self.wake_if(!might_read && self.may_read());
+    }
+
+    /// The task sleeps without reading at a limit: whoever takes the connection below it says so.
+    fn wake_if(&self, due: bool) {
+        if due {
+            self.wake.notify_one();
         }
     }
 
@@ -95,12 +104,11 @@ impl Conn {
 
     /// Sends what the socket takes; the connection's task sends the rest.
     pub(super) fn flush(&self) {
+        let might_read = self.may_read();
         if self.send().is_err() {
             self.close();
         }
-        if self.out_bytes.get() > 0 {
-            self.wake.notify_one();
-        }
+        self.wake_if(self.out_bytes.get() > 0 || !might_read && self.may_read());
     }
 
     /// Ends the connection's task.

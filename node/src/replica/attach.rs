@@ -25,6 +25,9 @@ pub(super) struct AttachState {
     pub(super) told: bool,
     /// See [`AttachInfo::accounted`].
     pub(super) accounted: bool,
+    /// Regions became suspect while a session was there, which did not count with them when it said that all is
+    /// accounted for.
+    pub(super) distrusted: bool,
     pub(super) current: Option<Current>,
     pub(super) taking: Option<Taking>,
     /// The current attach's requests in flight.

@@ -259,6 +259,7 @@ impl ReplicaCore {
     /// The regions of a damaged map page are dirty and suspect (R10).
     pub(super) fn distrust(&mut self, first: u64, end: u64) {
         self.attach.accounted = false;
+        self.attach.distrusted |= self.attach.current.is_some();
         for region in first..end {
             self.regions.dirty.set(region);
             self.regions.suspect.set(region);
@@ -545,7 +546,8 @@ impl ReplicaCore {
         let clean = set.clean.max(known.clean);
         self.superblock.set = SetView { clean, ..set };
         self.superblock.kept_epoch = self.superblock.epoch;
-        (self.attach.told, self.attach.accounted) = (true, accounted);
+        self.attach.distrusted &= self.regions.suspect.ones() > 0;
+        (self.attach.told, self.attach.accounted) = (true, accounted && !self.attach.distrusted);
         self.no_longer_rebuilt();
         self.ops.insert(id, op);
         self.store_superblock(Waiter::Op(id));

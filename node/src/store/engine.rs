@@ -10,8 +10,10 @@ use super::uring::{UringEngine, UringWaiter};
 use super::{FilePair, ReplicaFiles, describe, outcome};
 use crate::replica::{DiskData, DiskError, DiskIo};
 
-/// Writes up to this many bytes are copied into the page cache in place.
+/// Writes up to this many bytes are copied into the page cache in place: as a rule, and after one was throttled, until
+/// one is quick. The kernel makes a throttled writer wait for as long as the disk takes for so many bytes.
 const IN_PLACE_WRITE: usize = 1 << 20;
+const IN_PLACE_PROBE: usize = 64 << 10;
 /// Reads up to this many bytes are tried from the page cache in place.
 const IN_PLACE_READ: u32 = 256 << 10;
 /// A write in place that takes longer than this was throttled.
@@ -53,6 +55,7 @@ impl EngineKind {
 #[derive(Debug)]
 pub struct Engine {
     back: Back,
+    in_place_write: usize,
     writes_wait_until: Option<Instant>,
 }
 
@@ -106,7 +109,7 @@ impl Engine {
             Some(uring) => Back::Uring(Box::new(uring)),
             None => Back::Blocking(BlockingEngine::start()),
         };
-        Ok(Self { back, writes_wait_until: None })
+        Ok(Self { back, in_place_write: IN_PLACE_WRITE, writes_wait_until: None })
     }
 
     /// What [`wait`](EngineWaiter::wait)s for this engine.
@@ -131,14 +134,16 @@ impl Engine {
             DiskIo::Read { file, offset, len } if *len <= IN_PLACE_READ => {
                 files.read_cached(*file, *offset, *len).map(|bytes| Ok(DiskData::Read(bytes)))
             }
-            DiskIo::Write { bytes, .. } if bytes.len() <= IN_PLACE_WRITE => {
+            DiskIo::Write { bytes, .. } if bytes.len() <= self.in_place_write => {
                 let began = Instant::now();
                 if self.writes_wait_until.is_some_and(|until| began < until) {
                     return None;
                 }
                 let result = files.execute(io);
                 let ended = Instant::now();
-                self.writes_wait_until = (ended - began > THROTTLED).then(|| ended + THROTTLE_PAUSE);
+                let throttled = ended - began > THROTTLED;
+                self.in_place_write = if throttled { IN_PLACE_PROBE } else { IN_PLACE_WRITE };
+                self.writes_wait_until = throttled.then(|| ended + THROTTLE_PAUSE);
                 let (what, file, offset) = describe(io);
                 Some(outcome(files, what, file, offset, result))
             }
