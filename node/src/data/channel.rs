@@ -247,3 +247,33 @@ fn take_all(
     }
     ended
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proto::frame::Reply;
+    use proto::id::{AttachId, BlockIndex};
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_takes_a_connection_below_its_limit_wakes_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (near, _far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (_incoming, outgoing) = near.unwrap().into_split();
+        let conn = Conn::new(ConnId(1), PeerRole::Gateway, VolumeId::default(), "a gateway".into(), outgoing);
+        let read = Request::Read { block: BlockIndex(0), count: 256 };
+        for tag in 0..32 {
+            let frame = read.encode(1, AttachId::default(), tag);
+            conn.count(&Header::decode(frame.head.first_chunk().unwrap()).unwrap(), &read);
+        }
+        assert!(!conn.may_read());
+        let refused = Reply::Failed { kind: proto::frame::Kind::Read, code: proto::frame::Code::Busy, block: 0 };
+        conn.push((1, 0), refused.encode(1, AttachId::default(), 0));
+        conn.flush();
+        assert!(conn.may_read());
+        tokio::time::timeout(Duration::from_secs(5), conn.wake.notified()).await.expect("it sleeps on");
+    }
+}

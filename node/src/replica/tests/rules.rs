@@ -342,6 +342,25 @@ fn r10_a_bad_map_page_makes_regions_dirty_and_blocks_unverified_until_equalised(
 }
 
 #[test]
+fn r8_what_became_suspect_after_a_session_has_looked_is_not_accounted_for_by_it() {
+    let mut rig = Rig::attached();
+    rig.done(write(0, 2, 1));
+    rig.flush(1);
+    rig.clean(1, &[(0, 1)]);
+    let at = Layout::new(BLOCKS).map(0) as usize;
+    rig.meta.current[at + 100] ^= 1;
+    rig.meta.durable[at + 100] ^= 1;
+    rig.kill();
+    rig.attach(2, 1);
+    assert_eq!(rig.regions().1, 0, "what the session is told");
+    assert_eq!(rig.bytes(0, 1), Err(Code::Checksum));
+    let set = SetView { version: SetVersion(9), members: vec![ids().replica], clean: CleanNo(9) };
+    rig.done(Request::StoreSet { set: set.clone(), accounted: true });
+    let info = rig.attach(2, 2);
+    assert!(info.told && !info.accounted);
+}
+
+#[test]
 fn r10_a_lost_map_page_is_no_unallocated_one() {
     let mut rig = Rig::attached();
     rig.done(write(0, 2, 1));
