@@ -13,15 +13,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use client::block::{BlockDevice, BlockOutcome, BlockRequest, CompletionSink, DeviceInfo, SECTOR};
+use client::block::{BlockDevice, BlockOutcome, BlockRequest, CompletionSink, SECTOR};
 use client::clock::now_ms;
 use client::control::ControlClient;
-use client::gateway::decide;
+use client::gateway::{decide, session};
 use client::initiator::lane::Io;
-use client::mirror::SetDecision;
-use client::volume::{Stripe, Volume, VolumeCommand, VolumeConfig, VolumeEvent};
-use proto::cluster::{OpenedSession, Refusal, RenewalOutcome, SessionRenewal, VolumeInfo};
-use proto::id::{Epoch, MirrorId, ReplicaId, SetVersion, VolumeId};
+use client::volume::{Volume, VolumeCommand, VolumeConfig, VolumeEvent};
+use proto::cluster::{OpenedSession, RenewalOutcome, SessionRenewal};
+use proto::id::{Epoch, VolumeId};
 use proto::limits::LEASE_RENEW_MS;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinHandle, LocalSet};
@@ -102,17 +101,9 @@ impl Direct {
         let opened = opened.await.map_err(|error| Failure::control(&attempt, &error))?;
         let lease_until = Arc::new(AtomicU64::new(0));
         let old_lease_until = decide::old_lease_until(now_ms(), opened.old_lease_ms);
-        let config = VolumeConfig {
-            cluster: status.view.id,
-            volume: info.id,
-            epoch: opened.epoch,
-            gateway: format!("bench-{}", std::process::id()),
-            device: device(&opened.volume),
-            stripe: Stripe { chunk: opened.volume.chunk_size.into(), width: opened.volume.mirrors.len() as u64 },
-            mirrors: decide::mirror_configs(&status.view, &opened, old_lease_until, hash_seed),
-            lease_until: lease_until.clone(),
-            status: Arc::default(),
-        };
+        let name_of_ours = format!("bench-{}", std::process::id());
+        let config =
+            session::volume_config(name_of_ours, &status.view, &opened, old_lease_until, &lease_until, &Arc::default());
         let (event_sender, events) = mpsc::unbounded_channel();
         let (commands, command_receiver) = mpsc::unbounded_channel();
         let (jobs, job_receiver) = mpsc::unbounded_channel();
@@ -201,23 +192,6 @@ impl Drop for Direct {
     }
 }
 
-fn device(volume: &VolumeInfo) -> DeviceInfo {
-    DeviceInfo {
-        id: volume.id.0,
-        name: volume.name.clone(),
-        bytes: volume.size,
-        chunk: volume.chunk_size,
-        write_cache: volume.write_cache,
-    }
-}
-
-fn hash_seed() -> [u8; 32] {
-    let mut seed = [0; 32];
-    seed[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    seed[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    seed
-}
-
 /// Renews the session's lease until it is aborted (R3).
 async fn renew(
     control: ControlClient,
@@ -268,7 +242,8 @@ async fn follow(
                 let (volume, epoch) = (opened.volume.id, opened.epoch);
                 tokio::spawn(async move {
                     let decision =
-                        decide_set(&control, volume, definition, epoch, version, members, awaited, &commands).await;
+                        session::decide_set(&control, volume, definition, epoch, version, members, awaited, &commands)
+                            .await;
                     let _ = commands.send(VolumeCommand::SetDecided { mirror, decision });
                 });
             }
@@ -282,48 +257,6 @@ async fn follow(
                 return;
             }
         }
-    }
-}
-
-/// Asks for a set until the answer is definite (R2).
-async fn decide_set(
-    control: &ControlClient,
-    volume: VolumeId,
-    mirror: MirrorId,
-    epoch: Epoch,
-    expected: SetVersion,
-    members: Vec<ReplicaId>,
-    awaited: Vec<ReplicaId>,
-    session: &mpsc::UnboundedSender<VolumeCommand>,
-) -> SetDecision {
-    let request = loop {
-        match control.new_request().await {
-            Ok(request) => break request,
-            Err(_) if session.is_closed() => return SetDecision::Superseded,
-            Err(_) => tokio::time::sleep(AGAIN).await,
-        }
-    };
-    loop {
-        let answer =
-            control.change_set(request, volume, mirror, epoch, expected, members.clone(), awaited.clone()).await;
-        let definite = match &answer {
-            Ok(set) => decide::set_decision(Ok(set)),
-            Err(error) => error.refusal().and_then(|refusal| decide::set_decision(Err(refusal))),
-        };
-        if let Some(decision) = definite {
-            return decision;
-        }
-        if let Err(error) = &answer
-            && let Some(Refusal::Forgotten { .. }) = error.refusal()
-            && let Ok(status) = control.status(false).await
-            && let Some(decision) = decide::decided_before(&status.view, volume, mirror, epoch, &members, expected)
-        {
-            return decision;
-        }
-        if session.is_closed() {
-            return SetDecision::Superseded;
-        }
-        tokio::time::sleep(AGAIN).await;
     }
 }
 

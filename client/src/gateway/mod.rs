@@ -4,6 +4,7 @@
 //! - `run` (here): registers, follows the metadata, and keeps one owner task for each volume that it should serve;
 //! - [`decide`]: what it makes of the cluster's answers;
 //! - `owner`: one volume's sessions, one after the other: open, serve, ask raft on the volume's behalf, close;
+//! - [`session`]: what a volume runs with, and how its sets are decided, for whoever has opened it;
 //! - `lease`: renews the leases of all sessions together (R3);
 //! - `threads`: where volumes live, with their links and initiators;
 //! - `service`: what the command line asks of a gateway.
@@ -13,6 +14,7 @@ pub mod decide;
 mod lease;
 mod owner;
 mod service;
+pub mod session;
 mod threads;
 
 use std::collections::BTreeMap;

@@ -4,24 +4,21 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use proto::cluster::{ClusterView, OpenedSession, Refusal, VolumeInfo};
-use proto::id::{Epoch, ReplicaId, SetVersion, VolumeId};
+use proto::cluster::{OpenedSession, VolumeInfo};
+use proto::id::{Epoch, VolumeId};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::Shared;
 use super::decide::{self, Want};
 use super::threads::Open;
-use crate::block::DeviceInfo;
+use super::{Shared, session};
 use crate::clock::now_ms;
 use crate::control::{ControlError, ViewReceiver};
 use crate::iscsi::iqn;
-use crate::mirror::{MirrorStatus, SetDecision, StopReason};
-use crate::volume::{Stripe, VolumeCommand, VolumeConfig, VolumeEvent};
+use crate::mirror::{MirrorStatus, StopReason};
+use crate::volume::{VolumeCommand, VolumeEvent};
 
 /// Between attempts to open a volume.
 const OPEN_AGAIN: Duration = Duration::from_millis(500);
-/// Between attempts to get a definite answer about a proposed set.
-const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// How long a close may take until the session is left to the next one to reconcile.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -123,7 +120,14 @@ async fn serve(
     let lease_until = Arc::new(AtomicU64::new(0));
     let status: Arc<Mutex<Vec<MirrorStatus>>> = Arc::default();
     let old_lease_until = decide::old_lease_until(now_ms(), opened.old_lease_ms);
-    let config = volume_config(shared, &views.borrow(), &opened, old_lease_until, &lease_until, &status);
+    let config = session::volume_config(
+        shared.config.name.clone(),
+        &views.borrow(),
+        &opened,
+        old_lease_until,
+        &lease_until,
+        &status,
+    );
     tracing::info!(volume = %opened.volume.name, %epoch, old_lease_ms = opened.old_lease_ms, "session opened");
     shared.threads.open(Open {
         config,
@@ -177,7 +181,7 @@ async fn serve(
                     let (shared, commands) = (shared.clone(), commands.clone());
                     tokio::spawn(async move {
                         let decision =
-                            decide_set(&shared, id, definition, epoch, version, members, awaited, &commands).await;
+                            session::decide_set(&shared.control, id, definition, epoch, version, members, awaited, &commands).await;
                         let _ = commands.send(VolumeCommand::SetDecided { mirror, decision });
                     });
                 }
@@ -207,90 +211,6 @@ async fn until(deadline: Option<tokio::time::Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
-    }
-}
-
-fn volume_config(
-    shared: &Shared,
-    view: &ClusterView,
-    opened: &OpenedSession,
-    old_lease_until: u64,
-    lease_until: &Arc<AtomicU64>,
-    status: &Arc<Mutex<Vec<MirrorStatus>>>,
-) -> VolumeConfig {
-    let volume = &opened.volume;
-    let chunk = u64::from(volume.chunk_size);
-    VolumeConfig {
-        cluster: view.id,
-        volume: volume.id,
-        epoch: opened.epoch,
-        gateway: shared.config.name.clone(),
-        device: DeviceInfo {
-            id: volume.id.0,
-            name: volume.name.clone(),
-            bytes: volume.size,
-            chunk: volume.chunk_size,
-            write_cache: volume.write_cache,
-        },
-        stripe: Stripe { chunk, width: volume.mirrors.len() as u64 },
-        mirrors: decide::mirror_configs(view, opened, old_lease_until, hash_seed),
-        lease_until: lease_until.clone(),
-        status: status.clone(),
-    }
-}
-
-fn hash_seed() -> [u8; 32] {
-    let mut seed = [0; 32];
-    seed[..16].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    seed[16..].copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    seed
-}
-
-/// Asks for a set until the answer is definite: while it is in doubt the same request is repeated (R2).
-async fn decide_set(
-    shared: &Shared,
-    volume: VolumeId,
-    mirror: proto::id::MirrorId,
-    epoch: Epoch,
-    expected: SetVersion,
-    members: Vec<ReplicaId>,
-    awaited: Vec<ReplicaId>,
-    session: &mpsc::UnboundedSender<VolumeCommand>,
-) -> SetDecision {
-    let control = &shared.control;
-    let request = loop {
-        match control.new_request().await {
-            Ok(request) => break request,
-            Err(_) if session.is_closed() => return SetDecision::Superseded,
-            Err(_) => tokio::time::sleep(ASK_AGAIN).await,
-        }
-    };
-    let mut told = false;
-    loop {
-        let answer =
-            control.change_set(request, volume, mirror, epoch, expected, members.clone(), awaited.clone()).await;
-        let refusal = match &answer {
-            Ok(set) => Some(Ok(set)),
-            Err(error) => error.refusal().map(Err),
-        };
-        if let Some(decision) = refusal.and_then(decide::set_decision) {
-            return decision;
-        }
-        let Err(error) = answer else { unreachable!("a set that was changed is decided") };
-        if let Some(Refusal::Forgotten { .. }) = error.refusal()
-            && let Ok(status) = control.status(false).await
-            && let Some(decision) = decide::decided_before(&status.view, volume, mirror, epoch, &members, expected)
-        {
-            return decision;
-        }
-        if session.is_closed() {
-            return SetDecision::Superseded;
-        }
-        if !told {
-            tracing::warn!(%volume, %mirror, %error, "in-sync set not decided yet");
-            told = true;
-        }
-        tokio::time::sleep(ASK_AGAIN).await;
     }
 }
 

@@ -8,7 +8,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use proto::frame::{Encoded, FrameError, FrameReader, Header, Kind, PeerRole, RawFrame, Reply, Request};
+use proto::frame::{Encoded, FrameError, FrameReader, Header, Kind, PeerRole, Reply, Request};
 use proto::id::{AttachId, ClusterId, NodeId, VolumeId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -136,7 +136,7 @@ async fn connect(config: &LinkConfig) -> Result<(TcpStream, FrameReader), LinkEr
             if stream.read_buf(&mut reader.space()).await? == 0 {
                 return Err(LinkError::Closed);
             }
-            if let Some((header, reply)) = take_reply(&mut reader)? {
+            if let Some((header, reply)) = reader.reply()? {
                 return match reply {
                     Reply::Done(Kind::Hello) => Ok((stream, reader)),
                     Reply::Failed { code, .. } => Err(LinkError::Refused(code)),
@@ -146,16 +146,6 @@ async fn connect(config: &LinkConfig) -> Result<(TcpStream, FrameReader), LinkEr
         }
     };
     tokio::time::timeout(CONNECT, greeted).await.unwrap_or(Err(LinkError::Connect))
-}
-
-/// The next whole reply, if it is there.
-fn take_reply(reader: &mut FrameReader) -> Result<Option<(Header, Reply)>, FrameError> {
-    let Some(RawFrame { header, body, payload }) = reader.next()? else { return Ok(None) };
-    if !header.is_reply {
-        return Err(FrameError::Malformed("a request where a reply belongs"));
-    }
-    let reply = Reply::decode(&header, &body, payload)?;
-    Ok(Some((header, reply)))
 }
 
 async fn serve(
@@ -201,7 +191,7 @@ async fn serve(
         let mut reads = READS_PER_TURN;
         let ended: Option<LinkError> = loop {
             let taken = loop {
-                match take_reply(&mut reader) {
+                match reader.reply() {
                     Ok(Some(reply)) if reply.0.kind == Kind::Ping => {}
                     Ok(Some(reply)) => replies.push(reply),
                     Ok(None) => break None,

@@ -17,7 +17,7 @@ use super::types::Output;
 /// A read that has been out for so long, in milliseconds, is sent to another member as well.
 const LATE_MS: u64 = 40;
 /// For so long after that the replica is read only if all others are slow, too.
-pub(super) const SLOW_MS: u64 = 2_000;
+const SLOW_MS: u64 = 2_000;
 
 impl Mirror {
     /// Looks for late reads.

@@ -6,7 +6,7 @@ use std::io::{self, IoSlice};
 use std::rc::Rc;
 
 use bytes::{Buf, Bytes};
-use proto::frame::{Encoded, FrameError, FrameReader, Header, PeerRole, RawFrame, Request};
+use proto::frame::{Encoded, FrameError, FrameReader, Header, PeerRole, Request};
 use proto::id::VolumeId;
 use tokio::io::AsyncReadExt;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -166,18 +166,6 @@ enum End {
     Closing,
 }
 
-/// The next whole request, if it is there.
-///
-/// # Errors
-/// The connection is to be closed.
-pub(super) fn take_request(reader: &mut FrameReader) -> Result<Option<(Header, Request)>, FrameError> {
-    let Some(RawFrame { header, body, payload }) = reader.next()? else { return Ok(None) };
-    if header.is_reply {
-        return Err(FrameError::Malformed("a reply where a request belongs"));
-    }
-    Ok(Some((header, Request::decode(&header, &body, payload)?)))
-}
-
 /// Serves a greeted connection until it ends. `reader` holds what came after the greeting.
 pub(super) async fn serve(shard: Shard, conn: Rc<Conn>, incoming: OwnedReadHalf, reader: FrameReader) {
     let end = run(&shard, &conn, incoming, reader).await;
@@ -233,7 +221,7 @@ fn take_all(
     requests: &mut Vec<(Header, Request)>,
 ) -> Result<(), End> {
     let ended = loop {
-        match take_request(reader) {
+        match reader.request() {
             Ok(Some((header, request))) => {
                 conn.count(&header, &request);
                 requests.push((header, request));

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Buf;
-use proto::frame::{Code, CopyTarget, FrameError, FrameReader, Kind, PeerRole, RawFrame, Reply, Request};
+use proto::frame::{Code, CopyTarget, FrameError, FrameReader, Kind, PeerRole, Reply, Request};
 use proto::id::{AttachId, ClusterId, VolumeId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -139,7 +139,7 @@ async fn connect(cluster: ClusterId, key: &(String, VolumeId)) -> Result<(TcpStr
             if stream.read_buf(&mut reader.space()).await? == 0 {
                 return Err(PeerError::Closed);
             }
-            match take_reply(&mut reader)? {
+            match reader.reply()? {
                 Some((_, Reply::Done(Kind::Hello))) => return Ok((stream, reader)),
                 Some((_, Reply::Failed { code, .. })) => return Err(PeerError::Refused(code)),
                 Some(_) => return Err(FrameError::Malformed("a greeting that is none").into()),
@@ -148,14 +148,6 @@ async fn connect(cluster: ClusterId, key: &(String, VolumeId)) -> Result<(TcpStr
         }
     };
     tokio::time::timeout(CONNECT, greeted).await.unwrap_or(Err(PeerError::Connect))
-}
-
-fn take_reply(reader: &mut FrameReader) -> Result<Option<(u64, Reply)>, FrameError> {
-    let Some(RawFrame { header, body, payload }) = reader.next()? else { return Ok(None) };
-    if !header.is_reply {
-        return Err(FrameError::Malformed("a request where a reply belongs"));
-    }
-    Ok(Some((header.tag, Reply::decode(&header, &body, payload)?)))
 }
 
 /// Returns when nothing has been sent for a while.
@@ -213,8 +205,8 @@ async fn read_forever(
             return Err(PeerError::Closed);
         }
         let mut ended = Vec::new();
-        while let Some((tag, reply)) = take_reply(reader)? {
-            let Some(Sent { cell, generation, token, .. }) = peer.sent.borrow_mut().remove(&tag) else {
+        while let Some((header, reply)) = reader.reply()? {
+            let Some(Sent { cell, generation, token, .. }) = peer.sent.borrow_mut().remove(&header.tag) else {
                 return Err(FrameError::Malformed("an answer to nothing").into());
             };
             let result = match reply {

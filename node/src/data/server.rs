@@ -11,7 +11,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::channel::take_request;
 use super::shard::{Command, Hello};
 use super::thread_of;
 
@@ -92,7 +91,7 @@ async fn greet(
                 return Err(FrameError::Malformed("greeting").into());
             }
         }
-        if let Some(request) = take_request(&mut reader)? {
+        if let Some(request) = reader.request()? {
             break request;
         }
     };

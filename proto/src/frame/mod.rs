@@ -30,7 +30,7 @@ mod tests;
 
 pub use body::{block_sum, block_sums, zero_block_sum};
 pub use header::{FLAG_FUA, HEADER_LEN, Header, REPLY_BIT};
-pub use reader::{FrameReader, RawFrame};
+pub use reader::FrameReader;
 pub use reply::{AttachInfo, BlockHash, Code, RegionWindow, Reply, WhatNext};
 pub use request::{CleanEntry, CopyTarget, Kind, PeerRole, Request, SetView};
 

@@ -3,7 +3,7 @@
 use bytes::buf::Limit;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::{FrameError, HEADER_LEN, Header};
+use super::{FrameError, HEADER_LEN, Header, Reply, Request};
 use crate::buffer;
 
 /// What the common buffer is refilled by after a small frame: many of them arrive with one system call.
@@ -31,19 +31,17 @@ struct Large {
     payload: Vec<u8>,
 }
 
-/// A frame as it came: header, body and payload, lengths and header checksum verified.
+/// A frame as it came: header, body with its checksum, and payload; lengths and header checksum verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RawFrame {
-    /// The header.
-    pub header: Header,
-    /// The body, its checksum included.
-    pub body: Bytes,
-    /// Block data.
-    pub payload: Bytes,
+struct RawFrame {
+    header: Header,
+    body: Bytes,
+    payload: Bytes,
 }
 
 impl FrameReader {
-    /// Where to read into next; never without room. What is read there is taken by [`next`](Self::next).
+    /// Where to read into next; never without room. What is read there is taken by [`request`](Self::request) or
+    /// [`reply`](Self::reply).
     pub fn space(&mut self) -> Limit<&mut (dyn BufMut + Send)> {
         if let Some(large) = &mut self.large {
             let room = large.header.payload_len as usize - large.payload.len();
@@ -65,12 +63,32 @@ impl FrameReader {
         self.common.first_chunk::<HEADER_LEN>().map(Header::decode).transpose()
     }
 
-    /// The next frame, once all of it is there; small payloads share the common buffer's memory.
+    /// The next request, once all of it is there.
     ///
     /// # Errors
-    /// The bytes are no frame; call no more.
-    #[expect(clippy::should_implement_trait, reason = "more may come after None")]
-    pub fn next(&mut self) -> Result<Option<RawFrame>, FrameError> {
+    /// The bytes are no request; call no more.
+    pub fn request(&mut self) -> Result<Option<(Header, Request)>, FrameError> {
+        let Some(RawFrame { header, body, payload }) = self.next()? else { return Ok(None) };
+        if header.is_reply {
+            return Err(FrameError::Malformed("a reply where a request belongs"));
+        }
+        Ok(Some((header, Request::decode(&header, &body, payload)?)))
+    }
+
+    /// The next reply, once all of it is there.
+    ///
+    /// # Errors
+    /// The bytes are no reply; call no more.
+    pub fn reply(&mut self) -> Result<Option<(Header, Reply)>, FrameError> {
+        let Some(RawFrame { header, body, payload }) = self.next()? else { return Ok(None) };
+        if !header.is_reply {
+            return Err(FrameError::Malformed("a request where a reply belongs"));
+        }
+        Ok(Some((header, Reply::decode(&header, &body, payload)?)))
+    }
+
+    /// The next frame; small payloads share the common buffer's memory.
+    fn next(&mut self) -> Result<Option<RawFrame>, FrameError> {
         if let Some(large) = &mut self.large {
             if large.payload.len() < large.header.payload_len as usize {
                 return Ok(None);

@@ -295,18 +295,7 @@ impl Run<'_> {
             md99.start_part(&name)?;
             md99.in_sync(SYNC_PATIENCE).await?;
         }
-        if !longest.is_empty() {
-            let worst = longest.iter().copied().fold(0.0, f64::max);
-            self.line(
-                "longest stall, node killed (median)",
-                By::AtMost,
-                median(longest.clone()),
-                "ms",
-                None,
-                (100.0, 50.0),
-            );
-            self.note(format!("of {}, the worst {worst:.0} ms", longest.len()));
-        }
+        self.stall("longest stall, node killed (median)", longest, (100.0, 50.0));
         let mut longest = Vec::new();
         for number in 0..options.hangs {
             let name = format!("node-{}", number % 3 + 1);
@@ -323,19 +312,17 @@ impl Run<'_> {
             longest.push(round?.figures.max_us / 1e3);
             md99.in_sync(SYNC_PATIENCE).await?;
         }
-        if !longest.is_empty() {
-            let worst = longest.iter().copied().fold(0.0, f64::max);
-            self.line(
-                "longest stall, node hung (median)",
-                By::AtMost,
-                median(longest.clone()),
-                "ms",
-                None,
-                (2500.0, 1500.0),
-            );
-            self.note(format!("of {}, the worst {worst:.0} ms", longest.len()));
-        }
+        self.stall("longest stall, node hung (median)", longest, (2500.0, 1500.0));
         Ok(())
+    }
+
+    fn stall(&mut self, what: &'static str, longest: Vec<f64>, bounds: (f64, f64)) {
+        if longest.is_empty() {
+            return;
+        }
+        let (of, worst) = (longest.len(), longest.iter().copied().fold(0.0, f64::max));
+        self.line(what, By::AtMost, median(longest), "ms", None, bounds);
+        self.note(format!("of {of}, the worst {worst:.0} ms"));
     }
 
     /// Kills a node and lets it miss writes.
