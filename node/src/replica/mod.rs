@@ -74,4 +74,5 @@ pub use interface::{
     AttachEnd, CloseReason, Config, ConnId, CopyError, CopyToken, Create, DiskData, DiskError, DiskIo, FaultReason,
     FileKind, FileLengths, Input, Notice, OpId, OpenError, OpenReport, Output, ReplicaIds,
 };
+pub use repair::block_hash;
 pub use state::ReplicaCore;

@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 
+use highway::{HighwayHash, HighwayHasher, Key};
+use proto::buffer;
 use proto::frame::{BlockHash, Code, CopyTarget, Reply, Request, block_sum, block_sums};
 use proto::id::BlockIndex;
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
@@ -19,10 +21,12 @@ use super::state::{Body, ById, Changing, Io, Op, ReplicaCore};
 
 /// Hashes, copies and restamps that one replica works on at a time.
 const MAX_REPAIRS: usize = 4;
-/// Blocks that are read and hashed, or copied, in one piece.
-const PIECE_BLOCKS: u64 = 64;
-/// Pieces of one copy that are being read or are on their way.
-const MAX_COPY_WINDOW: u32 = 8;
+/// Blocks that are read and hashed, or copied, in one piece: it stays in the processor's own cache meanwhile.
+const PIECE_BLOCKS: u64 = 16;
+/// Pieces of one request that are being read to be hashed.
+const MAX_HASH_WINDOW: u32 = 4;
+/// Pieces of one copy that are being read or are on their way: of blocks written here and there, most have one block.
+const MAX_COPY_WINDOW: u32 = 32;
 
 #[derive(Debug, Default)]
 pub(super) struct RepairState {
@@ -30,8 +34,6 @@ pub(super) struct RepairState {
     queue: VecDeque<u64>,
     /// Copies on their way: the request and its piece.
     sent: ById<u64, (u64, u32)>,
-    /// The hash of a zero block under the key that was used last.
-    zero_hash: Option<([u8; 32], [u8; 16])>,
 }
 
 /// Consecutive blocks that are treated alike.
@@ -50,6 +52,8 @@ pub(super) struct HashOp {
     count: u32,
     key: [u8; 32],
     pieces: Vec<Piece>,
+    /// The next piece to be read.
+    next: usize,
     map: Option<Snapshot>,
     hashes: Vec<BlockHash>,
 }
@@ -80,7 +84,7 @@ pub(super) struct RestampOp {
 
 impl HashOp {
     pub(super) fn new(block: BlockIndex, count: u32, key: [u8; 32]) -> Self {
-        Self { block, count, key, pieces: Vec::new(), map: None, hashes: Vec::new() }
+        Self { block, count, key, pieces: Vec::new(), next: 0, map: None, hashes: Vec::new() }
     }
 }
 
@@ -120,8 +124,15 @@ fn pieces(count: u64, wanted: impl Fn(u64) -> bool, map: &Snapshot) -> Vec<Piece
     pieces
 }
 
-fn hash(key: &[u8; 32], block: &[u8]) -> [u8; 16] {
-    blake3::keyed_hash(key, block).as_bytes()[..16].try_into().expect("a hash has 32 bytes")
+/// The hash of a block that replicas are compared by (R7): HighwayHash-128. Its key is secret and used once, so that
+/// whoever wrote the blocks could not choose two that collide; a hash that withstands more costs three times as much.
+pub fn block_hash(key: &[u8; 32], block: &[u8]) -> [u8; 16] {
+    let word = |i: usize| u64::from_le_bytes(key[i * 8..][..8].try_into().expect("eight bytes"));
+    let hash = HighwayHasher::new(Key([word(0), word(1), word(2), word(3)])).hash128(block);
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&hash[0].to_le_bytes());
+    bytes[8..].copy_from_slice(&hash[1].to_le_bytes());
+    bytes
 }
 
 impl ReplicaCore {
@@ -211,17 +222,6 @@ impl ReplicaCore {
         self.disk(Io::Op { op: id, piece: index as u32 }, read, out);
     }
 
-    fn zero_hash(&mut self, key: &[u8; 32]) -> [u8; 16] {
-        match self.repair.zero_hash {
-            Some((known, zero)) if known == *key => zero,
-            _ => {
-                let zero = hash(key, &[0; BLOCK_SIZE as usize]);
-                self.repair.zero_hash = Some((*key, zero));
-                zero
-            }
-        }
-    }
-
     fn advance_hash(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
         let job = body!(op, Hash);
         let (block, count) = (job.block, u64::from(job.count));
@@ -234,19 +234,28 @@ impl ReplicaCore {
             return;
         }
         let map = self.snapshot(block, count);
-        let zero = self.zero_hash(&job.key);
+        let zero = block_hash(&job.key, &[0; BLOCK_SIZE as usize]);
         job.hashes = vec![BlockHash { hash: zero, intact: true, readable: true, allocated: false }; count as usize];
         job.pieces = pieces(count, |_| true, &map).into_iter().filter(|p| p.on_disk).collect();
         job.map = Some(map);
-        if job.pieces.is_empty() {
+        self.continue_hash(id, op, out);
+    }
+
+    /// Reads as many pieces as the window takes; answers when the last one is hashed.
+    fn continue_hash(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
+        let job = body!(op, Hash);
+        let block = job.block;
+        let window = (MAX_HASH_WINDOW - op.ios.min(MAX_HASH_WINDOW)) as usize;
+        let todo: Vec<(usize, Piece)> = job.pieces.iter().copied().enumerate().skip(job.next).take(window).collect();
+        job.next += todo.len();
+        op.ios += todo.len() as u32;
+        if op.ios == 0 {
             let hashes = std::mem::take(&mut job.hashes);
             return self.finish(op, Reply::Hashes(hashes), out);
         }
-        let todo = job.pieces.clone();
-        op.ios = todo.len() as u32;
         self.ops.insert(id, op);
-        for (i, piece) in todo.into_iter().enumerate() {
-            self.read_piece(id, block, i, piece, out);
+        for (index, piece) in todo {
+            self.read_piece(id, block, index, piece, out);
         }
     }
 
@@ -254,23 +263,23 @@ impl ReplicaCore {
         let job = body!(op, Hash);
         let piece = job.pieces[index as usize];
         let map = job.map.as_ref().expect("taken before the disk was asked");
-        let mut alone = Vec::new();
         match bytes {
             Some(bytes) => {
                 assert_eq!(bytes.len() as u64, piece.count * BLOCK_SIZE, "the disk read another length");
                 for (i, bytes) in (piece.at as usize..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
                     if mutant::is(Mutant::CompareSums) && !map.unverified(i) {
-                        let hash = hash(&job.key, &map.sums[i].to_le_bytes());
+                        let hash = block_hash(&job.key, &map.sums[i].to_le_bytes());
                         job.hashes[i] = BlockHash { hash, intact: true, readable: true, allocated: true };
                         continue;
                     }
                     job.hashes[i] = BlockHash {
-                        hash: hash(&job.key, bytes),
+                        hash: block_hash(&job.key, bytes),
                         intact: !map.unverified(i) && block_sum(bytes) == map.sums[i],
                         readable: true,
                         allocated: true,
                     };
                 }
+                drop(buffer::freeze(bytes));
             }
             None if piece.count == 1 => {
                 let unreadable = BlockHash { hash: [0; 16], intact: false, readable: false, allocated: true };
@@ -279,22 +288,11 @@ impl ReplicaCore {
             }
             None => {
                 // One bad block must not hide its neighbours.
-                for at in piece.at..piece.at + piece.count {
-                    alone.push((job.pieces.len(), Piece { at, count: 1, on_disk: true }));
-                    job.pieces.push(Piece { at, count: 1, on_disk: true });
-                }
+                let alone = (piece.at..piece.at + piece.count).map(|at| Piece { at, count: 1, on_disk: true });
+                job.pieces.extend(alone);
             }
         }
-        let block = job.block;
-        op.ios += alone.len() as u32;
-        if op.ios == 0 {
-            let hashes = std::mem::take(&mut job.hashes);
-            return self.finish(op, Reply::Hashes(hashes), out);
-        }
-        self.ops.insert(id, op);
-        for (i, piece) in alone {
-            self.read_piece(id, block, i, piece, out);
-        }
+        self.continue_hash(id, op, out);
     }
 
     fn advance_copy(&mut self, id: u64, mut op: Op, out: &mut Vec<Output>) {
@@ -378,7 +376,7 @@ impl ReplicaCore {
                     block,
                     count: piece.count as u32,
                     sums,
-                    data: bytes.into(),
+                    data: buffer::freeze(bytes),
                 };
                 out.push(Output::SendCopy { to: job.target.clone(), token: CopyToken(token), request });
                 self.ops.insert(id, op);
@@ -478,6 +476,7 @@ impl ReplicaCore {
                         self.map.set_sums(page, at, &[block_sum(bytes)], &mut Vec::new());
                     }
                 }
+                drop(buffer::freeze(bytes));
             }
             None => {
                 out.push(Output::Notice(Notice::ReadFailed { block: BlockIndex(block) }));
