@@ -26,10 +26,10 @@ use super::types::*;
 /// After a request of the volume, background work leaves room for so long.
 const FOREGROUND_MS: u64 = 50;
 /// While it does, one region at a time is equalised, and between two of them it rests so many times as long as the first
-/// one took: an eighth of what the machines could do is left to it.
-const YIELDING_REST: u64 = 7;
-/// In milliseconds at least, and at most: it always advances.
-const YIELDING_REST_MS: (u64, u64) = (40, 160);
+/// one took: a third of what the machines could do is left to it, in all mirrors of a volume together.
+const YIELDING_REST: u64 = 2;
+/// In milliseconds at least, and at most: it always advances, by 20 to 100 MiB/s.
+const YIELDING_REST_MS: (u64, u64) = (10, 50);
 /// What a limit did not let begin in so much time, since the clock ticks seldom, is made up for.
 const CATCH_UP_MS: u64 = 100;
 /// Nodes that could not reach each other are not tried again for so long, nor within one join: trying ends it.
@@ -627,7 +627,8 @@ impl Mirror {
     fn end_equalise(&mut self, now: u64, region: RegionIndex, out: &mut Vec<Output>) {
         let run = self.equalising.remove(&region).expect("runs");
         let took = now.saturating_sub(run.locked_at);
-        self.background_next = now + (took * YIELDING_REST).clamp(YIELDING_REST_MS.0, YIELDING_REST_MS.1);
+        let rest = (took * YIELDING_REST).clamp(YIELDING_REST_MS.0, YIELDING_REST_MS.1);
+        self.background_next = now + rest * self.cfg.siblings;
         if !run.compare_only && !mutant::is(Mutant::EqualisedStaysDirty) {
             self.dirty.written(region, now, self.flush_next);
         }
