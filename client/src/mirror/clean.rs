@@ -11,6 +11,10 @@
 //! A clean clears what was dirty already, and has not changed since, when the one before it began: an image of a
 //! replica that holds the region as it was before, and takes it for clean, is then behind by two, while a member that
 //! has only missed the last clean is behind by one.
+//!
+//! A bit that is soon set again costs a sync on every replica, and a write that waits for it. So where many of the
+//! regions that are cleaned are written again, as in a large volume written at random, a region must have been idle for
+//! longer, until the volume itself is idle.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,8 +27,11 @@ use super::region_set::RegionSet;
 use super::state::{Mirror, Phase, What, limits};
 use super::types::*;
 
-/// How long a region is left alone after its last write: a bit set again soon costs a sync on every replica.
-const IDLE_MS: u64 = 3_000;
+/// How long a region is left alone after its last write: at least, and at most.
+const IDLE_MS: (u64, u64) = (3_000, 48_000);
+/// That it is too short is seen in this time, if more than one of so many writes finds its region cleaned not long ago.
+const LOOK_MS: u64 = 3_000;
+const TOLERATED: u32 = 32;
 /// Regions that a replica marks dirty ahead of a sequential stream (R5): nobody says so to the gateway, and they are
 /// cleaned with the region that the stream was in.
 const MARKED_AHEAD: u32 = 8;
@@ -40,12 +47,55 @@ struct DirtyRegion {
     covered_by: FlushNo,
 }
 
+/// How long a region must have been idle.
+#[derive(Debug)]
+struct Patience {
+    idle_ms: u64,
+    /// Those that have been cleaned not long ago, and not been written again.
+    cleaned: RegionSet,
+    forget_at: u64,
+    /// Writes since it was looked at last, and those of them that found their region cleaned.
+    writes: u32,
+    regretted: u32,
+    look_at: u64,
+    /// When it is halved, unless it is doubled before.
+    halve_at: u64,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        let cleaned = RegionSet::new();
+        Self { idle_ms: IDLE_MS.0, cleaned, forget_at: 0, writes: 0, regretted: 0, look_at: 0, halve_at: 0 }
+    }
+}
+
+impl Patience {
+    fn think_over(&mut self, now: u64) {
+        if now < self.look_at {
+            return;
+        }
+        if self.regretted > self.writes / TOLERATED {
+            self.idle_ms = (self.idle_ms * 2).min(IDLE_MS.1);
+            self.halve_at = now + 2 * self.idle_ms;
+        } else if now >= self.halve_at {
+            self.idle_ms = (self.idle_ms / 2).max(IDLE_MS.0);
+            self.halve_at = now + 2 * self.idle_ms;
+        }
+        (self.writes, self.regretted, self.look_at) = (0, 0, now + LOOK_MS);
+        if now >= self.forget_at {
+            self.cleaned = RegionSet::new();
+            self.forget_at = now + IDLE_MS.1;
+        }
+    }
+}
+
 /// The regions that may be dirty on some replica, as far as this session knows.
 #[derive(Debug, Default)]
 pub(super) struct DirtyTracker {
     regions: BTreeMap<RegionIndex, DirtyRegion>,
     /// For the next clean: they were dirty, as they are here, before the last one began, which is durable everywhere.
     announced: Vec<(RegionIndex, DirtyRegion)>,
+    patience: Patience,
 }
 
 impl DirtyTracker {
@@ -63,8 +113,12 @@ impl DirtyTracker {
 
     /// Something that changes the region is about to be sent.
     pub fn writing(&mut self, region: RegionIndex) {
-        let new = DirtyRegion { in_flight: 0, last_write: 0, covered_by: FlushNo(u64::MAX) };
-        let entry = self.regions.entry(region).or_insert(new);
+        let patience = &mut self.patience;
+        patience.writes = patience.writes.saturating_add(1);
+        let entry = self.regions.entry(region).or_insert_with(|| {
+            patience.regretted += u32::from(patience.cleaned.remove(region));
+            DirtyRegion { in_flight: 0, last_write: 0, covered_by: FlushNo(u64::MAX) }
+        });
         entry.in_flight += 1;
         entry.covered_by = FlushNo(u64::MAX);
     }
@@ -118,6 +172,7 @@ impl Mirror {
                 for cleaned in done.regions {
                     if self.dirty.is_still(&cleaned) {
                         self.dirty.regions.remove(&cleaned.0);
+                        self.dirty.patience.cleaned.insert(cleaned.0);
                     }
                 }
                 self.dirty.announced = done.announces;
@@ -138,7 +193,10 @@ impl Mirror {
         }
         let flushed = |slot: usize| self.slots[slot].attach.as_ref().expect("live").flushed;
         let common = all.iter().map(flushed).min().expect("a mirror has replicas");
-        let idle = |r: &DirtyRegion| r.in_flight == 0 && (closing || now >= r.last_write + IDLE_MS);
+        self.dirty.patience.think_over(now);
+        let at_rest = now >= self.foreground_at + IDLE_MS.0;
+        let idle_ms = if at_rest { IDLE_MS.0 } else { self.dirty.patience.idle_ms };
+        let idle = |r: &DirtyRegion| r.in_flight == 0 && (closing || now >= r.last_write + idle_ms);
         let announced = std::mem::take(&mut self.dirty.announced);
         // Where nothing was announced, what is announced now is cleared next.
         self.clean_next = if announced.is_empty() { now } else { now + CLEAN_EVERY_MS };
@@ -281,4 +339,35 @@ impl Mirror {
 
 fn flushed_of(mirror: &Mirror, slot: usize) -> FlushNo {
     mirror.slots[slot].attach.as_ref().expect("live").flushed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_that_are_soon_written_again_are_left_alone_for_longer_until_they_are_not() {
+        let mut tracker = DirtyTracker::default();
+        let mut now = 0;
+        // A hundred writes, so many of them to regions that had been cleaned.
+        let mut look = |regretted: u32, ms: u64| {
+            for r in 0..100 {
+                tracker.regions.clear();
+                if r < regretted {
+                    tracker.patience.cleaned.insert(RegionIndex(r));
+                }
+                tracker.writing(RegionIndex(r));
+            }
+            now += ms;
+            tracker.patience.think_over(now);
+            tracker.patience.idle_ms
+        };
+        assert_eq!(look(0, LOOK_MS), 3_000);
+        assert_eq!(look(3, LOOK_MS), 3_000, "few");
+        assert_eq!(look(4, LOOK_MS - 1), 3_000, "too early to tell");
+        assert_eq!(look(4, 1), 6_000);
+        assert_eq!([100; 5].map(|n| look(n, LOOK_MS)), [12_000, 24_000, 48_000, 48_000, 48_000]);
+        assert_eq!(look(0, 95_999), 48_000);
+        assert_eq!([0; 6].map(|n| look(n, 96_000)), [24_000, 12_000, 6_000, 3_000, 3_000, 3_000]);
+    }
 }

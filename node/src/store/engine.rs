@@ -127,7 +127,7 @@ impl Engine {
             ReplicaFiles::File(files) => files,
         };
         match io {
-            DiskIo::Read { .. } | DiskIo::Write { .. } if files.in_memory() => {
+            DiskIo::Read { .. } | DiskIo::Write { .. } | DiskIo::Sync { .. } if files.in_memory() => {
                 let (what, file, offset) = describe(io);
                 Some(outcome(files, what, file, offset, files.execute(io)))
             }
