@@ -114,6 +114,17 @@ impl World {
         nodes
     }
 
+    /// Nothing can be read from a node's disks, until [`Self::mend_disks`].
+    pub fn fail_reads(&mut self, node: usize) {
+        self.distrust_all(node);
+        self.nodes[node].faults.read_errors = 1000;
+    }
+
+    /// A node's disks are well again.
+    pub fn mend_disks(&mut self, node: usize) {
+        self.calm(Party::Node(node));
+    }
+
     /// Spoils the page of a node's map that has a block of the volume. It is known by its sum, and none of its blocks is
     /// known any more.
     ///
