@@ -265,10 +265,11 @@ impl ReplicaCore {
                         job.hashes[i] = BlockHash { hash, intact: true, readable: true, allocated: true };
                         continue;
                     }
+                    let disowned = map.unverified(i) && map.sums[i] == DISOWNED;
                     job.hashes[i] = BlockHash {
                         hash: hash(&job.key, bytes),
                         intact: !map.unverified(i) && block_sum(bytes) == map.sums[i],
-                        readable: !(map.unverified(i) && map.sums[i] == DISOWNED),
+                        readable: !disowned || mutant::is(Mutant::DistrustedTaken),
                         allocated: true,
                     };
                 }
