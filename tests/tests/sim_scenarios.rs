@@ -428,30 +428,7 @@ fn a_bad_block_of_the_last_member_keeps_nobody_out() {
 
 #[test]
 fn what_was_taken_over_as_bad_is_not_served_after_a_write_that_fails_beside_it() {
-    scenario(|w| {
-        w.open();
-        fill(w, 64);
-        w.kill_node(1, false);
-        w.kill_node(2, false);
-        w.until("only a is left", |w| w.in_sync() == [0]);
-        w.write(0, 0, 40, 4, false);
-        w.answered();
-        w.fail_reads(0);
-        start(w, 1);
-        w.until("b is in, and has nothing that it can vouch for", |w| w.in_sync() == [0, 1]);
-        w.kill_node(0, false);
-        w.until("only b is left", |w| w.in_sync() == [1]);
-        // It may have left anything, so that what matches no sum may be taken for right.
-        w.nodes[1].faults.full = true;
-        w.write(0, 0, 10, 4, false);
-        w.answered();
-        w.mend_disks(1);
-        w.read(1, 0, 40, 4);
-        w.answered();
-        w.mend_disks(0);
-        start(w, 0);
-        start(w, 2);
-    });
+    scenario(World::read_what_was_taken_over_as_bad);
 }
 
 #[test]

@@ -114,17 +114,6 @@ impl World {
         nodes
     }
 
-    /// Nothing can be read from a node's disks, until [`Self::mend_disks`].
-    pub fn fail_reads(&mut self, node: usize) {
-        self.distrust_all(node);
-        self.nodes[node].faults.read_errors = 1000;
-    }
-
-    /// A node's disks are well again.
-    pub fn mend_disks(&mut self, node: usize) {
-        self.calm(Party::Node(node));
-    }
-
     /// Spoils the page of a node's map that has a block of the volume. It is known by its sum, and none of its blocks is
     /// known any more.
     ///
@@ -253,5 +242,37 @@ impl World {
         }
         self.read(2, gateway, block, 4);
         self.run_for(20 * SECOND);
+    }
+
+    /// A replica joins the last member while nothing can be read there, and takes over as bad what it has missed. It is the
+    /// last one then, and is asked for that after a write beside it has failed.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn read_what_was_taken_over_as_bad(&mut self) {
+        self.open();
+        self.write(0, 0, 0, 64, false);
+        self.answered();
+        self.kill_node(1, false);
+        self.kill_node(2, false);
+        self.until("only node 0 is left", |w| w.in_sync() == [0]);
+        self.write(0, 0, 40, 4, false);
+        self.answered();
+        self.distrust_all(0);
+        self.nodes[0].faults.read_errors = 1000;
+        self.start_node(1);
+        self.until("node 1 is in, and has nothing that it can vouch for", |w| w.in_sync() == [0, 1]);
+        self.kill_node(0, false);
+        self.until("only node 1 is left", |w| w.in_sync() == [1]);
+        // The write may have left anything, so that what matches no sum may be taken for right.
+        self.nodes[1].faults.full = true;
+        self.write(0, 0, 10, 4, false);
+        self.answered();
+        self.calm(Party::Node(1));
+        self.read(1, 0, 40, 4);
+        self.answered();
+        self.calm(Party::Node(0));
+        self.start_node(0);
+        self.start_node(2);
     }
 }
