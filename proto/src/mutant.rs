@@ -71,6 +71,7 @@ mutants! {
     KeepRestarted: "R8", "mirror/state", "members that restarted are kept as if they had not";
     GoOnWithRestarted: "R8", "mirror/take_over", "where only restarted members are reached the others are not waited for";
     ReleaseToOlder: "R8", "mirror/take_over", "replicas that left before a member restarted count as knowing what it has lost";
+    AccountedUnseen: "R8", "replica/dirty_log", "what became suspect after a session had looked counts as accounted for";
     StoreSetEarly: "R8", "mirror/membership", "members store a set that raft has not committed";
     SilentLoss: "R8", "mirror/take_over", "the loss of every cache is not told";
     FlushAtOnce: "R9", "replica/flush", "a flush is answered before anything has been synced for it";
@@ -81,6 +82,7 @@ mutants! {
     LastMemberCaches: "R9", "mirror/foreground", "the last member's writes are not durable when they are acknowledged";
     SumsUnchecked: "R10", "replica/io, mirror/foreground", "nobody compares what was read with its sums";
     AllocatedAhead: "R10", "replica/flush", "an allocation goes to the disk along with its data";
+    DistrustedTaken: "R10", "replica/repair", "a block that was taken over as bad may be taken for right";
     BadMapReadsAsZeroes: "R10", "replica/map", "blocks under a bad page of the map read as zeroes";
     FirstBadCopyIsAll: "R10", "mirror/foreground", "a block that is bad on one member is an error, whatever the others have";
     LogNeverCut: "R11", "raft/core", "the log is never cut";

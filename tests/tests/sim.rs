@@ -70,6 +70,8 @@ fn seeds_that_found_faults_find_them_no_more() {
             98_000_243,
             98_003_999,
             100_003_844,
+            110_001_721,
+            120_009_101,
         ],
         OPS,
     );

@@ -231,6 +231,16 @@ fn what_was_written_after_others_left_is_not_replaced_by_what_they_have() {
 }
 
 #[test]
+fn what_was_written_under_a_bad_map_page_is_not_replaced_by_what_those_that_left_have() {
+    for same_session in [true, false] {
+        let setup = Setup { blocks: 1600, ..Setup::quiet(99) };
+        let outcome = run_scenario(setup, |w| w.read_what_was_written_under_a_bad_page(same_session));
+        let outcome = outcome.unwrap_or_else(|failure| panic!("{failure}"));
+        assert_eq!(outcome.counters.recovers, 1, "nobody but an operator can tell");
+    }
+}
+
+#[test]
 fn what_a_killed_process_holds_is_not_replaced_by_what_power_cuts_have_left() {
     for seed in 1..=10 {
         let outcome = scenario_of(seed, |w| {
@@ -414,6 +424,11 @@ fn a_bad_block_of_the_last_member_keeps_nobody_out() {
         w.answered();
     };
     run_scenario(setup, story).unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+#[test]
+fn what_was_taken_over_as_bad_is_not_served_after_a_write_that_fails_beside_it() {
+    scenario(World::read_what_was_taken_over_as_bad);
 }
 
 #[test]

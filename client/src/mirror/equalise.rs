@@ -148,9 +148,13 @@ impl Mirror {
             return;
         }
         self.background.retry_at.retain(|_, at| now < *at);
+        // What is looked at once more after a long while is not held up till then if somebody needs it.
+        let soon = now + RETRY_MS;
+        let backs_off = |b: &Background, r: &RegionIndex| b.retry_at.get(r).is_some_and(|at| *at <= soon);
         while self.equalising.len() < limits::MAX_DEMANDED_REGIONS {
+            let due = |r: &RegionIndex| !self.equalising.contains_key(r) && !backs_off(&self.background, r);
             let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
-            let next = (self.settling.demanded.iter().copied().find(free)).or_else(|| {
+            let next = (self.settling.demanded.iter().copied().find(due)).or_else(|| {
                 self.background.repairs.iter().copied().find(free).filter(|_| self.phase == Phase::Serving)
             });
             let Some(region) = next else { break };
@@ -175,8 +179,8 @@ impl Mirror {
             && (!yielding || now >= self.background_next)
             && (self.background.limit.is_none() || now >= self.background.allowed_at)
         {
-            let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
-            let Some(region) = self.settling.unsettled.iter().find(free).or_else(|| self.next_join_region(free)) else {
+            let due = |r: &RegionIndex| !self.equalising.contains_key(r) && !backs_off(&self.background, r);
+            let Some(region) = self.settling.unsettled.iter().find(due).or_else(|| self.next_join_region(due)) else {
                 break;
             };
             if let Some(limit) = self.background.limit {

@@ -547,7 +547,8 @@ impl ReplicaCore {
         self.superblock.set = SetView { clean, ..set };
         self.superblock.kept_epoch = self.superblock.epoch;
         self.attach.distrusted &= self.regions.suspect.ones() > 0;
-        (self.attach.told, self.attach.accounted) = (true, accounted && !self.attach.distrusted);
+        let unseen = self.attach.distrusted && !mutant::is(Mutant::AccountedUnseen);
+        (self.attach.told, self.attach.accounted) = (true, accounted && !unseen);
         self.no_longer_rebuilt();
         self.ops.insert(id, op);
         self.store_superblock(Waiter::Op(id));

@@ -38,6 +38,9 @@ pub const JOURNAL_SLOTS: u64 = JOURNAL_PAGES * 2;
 /// Records in a page of the allocation journal.
 pub const JOURNAL_RECORDS: usize = (PAGE as usize - HEADER - JOURNAL_HEADER) / JOURNAL_RECORD_BYTES;
 
+/// Stands for the sum of an unverified block that is not to be taken for right: see [`MapPage::disown`].
+pub(super) const DISOWNED: u32 = u32::MAX;
+
 const HEADER: usize = 64;
 const JOURNAL_HEADER: usize = 40;
 const JOURNAL_RECORD_BYTES: usize = 12;
@@ -114,7 +117,7 @@ impl Layout {
 /// What is known of the blocks of one map page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapPage {
-    /// CRC-32 of each block; meaningful where it is allocated and verified.
+    /// CRC-32 of each block; meaningful where it is allocated and verified, or says [`DISOWNED`] where it is not verified.
     pub sums: [u32; MAP_BLOCKS as usize],
     /// The block has data; otherwise it reads as zeroes.
     pub allocated: [u64; MAP_BLOCKS as usize / 64],
@@ -155,6 +158,11 @@ impl MapPage {
     pub fn distrust(&mut self, i: usize) {
         self.allocated[i / 64] |= 1 << (i % 64);
         self.unverified[i / 64] |= 1 << (i % 64);
+    }
+    /// Block `i` can't be trusted, and what it holds must not be taken for right later: it is older than what others held.
+    pub fn disown(&mut self, i: usize) {
+        self.distrust(i);
+        self.sums[i] = DISOWNED;
     }
     /// Whether any block of region `r` (0, 1 or 2) of the page is allocated or unverified.
     pub fn region_in_use(&self, r: usize) -> bool {

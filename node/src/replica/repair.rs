@@ -16,6 +16,7 @@ use proto::mutant::{self, Mutant};
 use super::dirty_log::{Waiter, regions_of};
 use super::interface::{CopyError, CopyToken, DiskData, DiskError, DiskIo, FileKind, Notice, Output};
 use super::io::body;
+use super::layout::DISOWNED;
 use super::map::{Snapshot, place};
 use super::state::{Body, ById, Changing, Io, Op, ReplicaCore};
 
@@ -272,10 +273,11 @@ impl ReplicaCore {
                         job.hashes[i] = BlockHash { hash, intact: true, readable: true, allocated: true };
                         continue;
                     }
+                    let disowned = map.unverified(i) && map.sums[i] == DISOWNED;
                     job.hashes[i] = BlockHash {
                         hash: block_hash(&job.key, bytes),
                         intact: !map.unverified(i) && block_sum(bytes) == map.sums[i],
-                        readable: true,
+                        readable: !disowned || mutant::is(Mutant::DistrustedTaken),
                         allocated: true,
                     };
                 }
@@ -436,7 +438,7 @@ impl ReplicaCore {
         }
         if distrust {
             for (page, at) in (0..count).filter(|i| is_named(&job.mask, *i)).map(|i| place(block.0 + i)) {
-                self.map.modify(page).distrust(at);
+                self.map.modify(page).disown(at);
             }
             let done = Reply::Done(op.kind);
             return self.finish(op, done, out);

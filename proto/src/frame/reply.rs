@@ -153,7 +153,7 @@ pub struct BlockHash {
     pub hash: [u8; 16],
     /// The bytes match the stored sum. False as well where they could not be read or the sum is not known.
     pub intact: bool,
-    /// The bytes could be read.
+    /// The bytes could be read, and are none that were distrusted: they may be taken for right if nobody knows better.
     pub readable: bool,
     /// The block is allocated.
     pub allocated: bool,

@@ -149,7 +149,7 @@ pub enum Request {
     /// the sum of what they hold.
     Restamp { block: BlockIndex, blocks: [u64; 4] },
     /// The named blocks are not to be believed, whatever they hold: no replica that could tell has them as they were
-    /// written (R10). They are answered with `Checksum` until they are written.
+    /// written (R10). They are answered with `Checksum` until they are written, and never taken for right.
     Distrust { block: BlockIndex, blocks: [u64; 4] },
 }
 

@@ -480,9 +480,12 @@ impl World {
                 let all: Vec<_> = replicas.iter().map(|r| durable_block(&self.replicas[*r], block)).collect();
                 if all.iter().any(|b| b.is_err() || *b != all[0]) {
                     let known = self.current();
+                    // Past the volume's end nobody reads it, or writes it again: what a disk did to it stays. A failed
+                    // disk makes it bad, and that on every replica; that none is so for nothing is checked here, too.
                     let spoiled = replicas.iter().any(|r| known.rot.contains(&(*r, block)));
-                    if spoiled && known.block_of(mirror, block).is_none() {
-                        // Past the volume's end nobody reads it, or writes it again.
+                    let failed = replicas.iter().any(|r| known.has_failed(*r, block));
+                    let bad = all.iter().all(|b| *b == Err(Unreadable::Block));
+                    if known.block_of(mirror, block).is_none() && (spoiled || failed && bad) {
                         continue;
                     }
                     return self.fail(

@@ -93,6 +93,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::KeepRestarted => plan(&[Register, Medium]).only(&[PowerCut, KillGateway, TakeOver]).often(),
         Mutant::GoOnWithRestarted => plan(&[Register]).only(&[Orphan]),
         Mutant::ReleaseToOlder => plan(&[Register]).told(|world| world.read_what_others_have_missed(true)),
+        Mutant::AccountedUnseen => plan(&[Register]).told(|world| world.read_what_was_written_under_a_bad_page(true)),
         Mutant::StoreSetEarly => plan(&[MetadataOld]),
         Mutant::SilentLoss => plan(&[Register]).wants(&[PowerCutAll, TakeOver]),
         Mutant::FlushAtOnce => plan(&[Durable]),
@@ -103,6 +104,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::LastMemberCaches => plan(&[Durable]),
         Mutant::SumsUnchecked => plan(&[NobodyWrote]).wants(&[BitFlips]),
         Mutant::AllocatedAhead => plan(&[Allocated]),
+        Mutant::DistrustedTaken => plan(&[Register, Durable]).told(World::read_what_was_taken_over_as_bad),
         Mutant::BadMapReadsAsZeroes => plan(&[Register]).only(&[PowerCut, PowerCutAll, KillGateway]).often(),
         Mutant::FirstBadCopyIsAll => plan(&[Medium]).wants(&[BitFlips]),
         Mutant::LogNeverCut => plan(&[Bounds]),
@@ -131,7 +133,8 @@ pub struct Hunt {
 pub fn setup_for(mutant: Mutant, seed: u64, ops: u64) -> Setup {
     let plan = plan(mutant);
     if plan.story.is_some() {
-        return Setup::quiet(seed);
+        // Two pages of a replica's map.
+        return Setup { blocks: 1600, ..Setup::quiet(seed) };
     }
     let mut setup = Setup::of_seed(seed, ops);
     if plan.only {

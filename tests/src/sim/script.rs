@@ -2,7 +2,9 @@
 
 use client::mirror::MirrorStatus;
 use client::volume::SessionInput;
+use node::replica::layout::MAP_BLOCKS;
 
+use super::disk::PAGE;
 use super::net::Party;
 use super::world::{SECOND, World};
 
@@ -112,12 +114,26 @@ impl World {
         nodes
     }
 
-    /// Gateway 1 takes over with node 0, which has lost its cache: region 0 waits for the other two, which it can't
-    /// reach, and which leave the set.
+    /// Spoils the page of a node's map that has a block of the volume. It is known by its sum, and none of its blocks is
+    /// known any more.
     ///
     /// # Panics
-    /// If it does not come to that.
-    pub fn leave_two_behind(&mut self) {
+    /// If nothing of it is at rest.
+    pub fn spoil_map(&mut self, node: usize, block: u64) {
+        let (mirror, at) = self.current().place(block);
+        let volume = self.current().id;
+        let here = |r: &usize| self.replicas[*r].volume == volume && self.replicas[*r].mirror == mirror;
+        let replica = self.replicas_of(node).into_iter().find(here).expect("the node has a replica");
+        let r = &mut self.replicas[replica];
+        let index = at / MAP_BLOCKS;
+        assert!(r.disk.meta.flip(r.layout.map(index) / PAGE, &mut self.rng), "the page is at rest");
+        let blocks = index * MAP_BLOCKS..((index + 1) * MAP_BLOCKS).min(r.blocks);
+        self.lose_trust();
+        self.distrust(replica, blocks);
+    }
+
+    /// Gateway 1 takes over from gateway 0, and reaches node 0 alone, which has lost its cache.
+    fn reach_one_that_has_restarted(&mut self, while_down: impl FnOnce(&mut Self)) {
         self.write(0, 0, 10, 8, false);
         self.answered();
         self.kill_gateway(0);
@@ -125,12 +141,43 @@ impl World {
         for (gateway, node) in [(0, 1), (0, 2), (1, 1), (1, 2)] {
             self.cut(Party::Gateway(gateway), Party::Node(node));
         }
+        while_down(self);
         self.start_node(0);
         self.want_on(1, true);
+    }
+
+    /// Gateway 1 takes over with node 0, which has lost its cache: region 0 waits for the other two, which it can't
+    /// reach, and which leave the set.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn leave_two_behind(&mut self) {
+        self.reach_one_that_has_restarted(|_| {});
         let alone = |w: &mut Self| w.takes_requests(1) && w.in_sync() == [0] && w.status(1).unsettled > 0;
         self.until("it goes on with one node", alone);
         // Until that one has been told.
         self.run_for(SECOND);
+    }
+
+    /// As [`Self::leave_two_behind`]; but between its decision and what it then tells node 0 gateway 1 writes a block,
+    /// and node 0 finds by that write that it can't tell what it holds there, nor in the regions beside it.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn leave_two_behind_and_find_a_bad_page(&mut self, block: u64) {
+        self.until("nothing is dirty", |w| w.is_in_order());
+        self.reach_one_that_has_restarted(|w| w.spoil_map(0, block));
+        self.until("it has decided", |w| w.takes_requests(1) && w.status(1).unsettled > 0);
+        self.cut(Party::Control, Party::Gateway(1));
+        self.write(0, 1, block, 4, false);
+        let suspect = |w: &Self| {
+            w.replicas_of(0).into_iter().find_map(|r| w.replicas[r].core.as_ref()).map(|c| c.dirty_regions().1)
+        };
+        self.until("the page is known to be bad", |w| suspect(w) == Some(4));
+        assert!(!self.client_is_idle(0), "nothing is acknowledged before those who left are known to have left");
+        self.join_up(Party::Control, Party::Gateway(1));
+        self.answered();
+        assert_eq!((self.in_sync(), suspect(self)), (vec![0], Some(4)));
     }
 
     /// Node 0 is attached anew, without a restart: by the session of gateway 1, or by one of gateway 0. Returns whose it
@@ -175,5 +222,57 @@ impl World {
         }
         self.read(2, gateway, 300, 8);
         self.run_for(20 * SECOND);
+    }
+
+    /// The last member is written where it finds its map bad and others are not there, and is attached again; then the
+    /// others are back, and that is read.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn read_what_was_written_under_a_bad_page(&mut self, same_session: bool) {
+        // Beyond the map page of region 0, which waits and is not looked at.
+        let block = MAP_BLOCKS + 40;
+        self.open();
+        self.write(0, 0, block - 4, 16, false);
+        self.answered();
+        self.leave_two_behind_and_find_a_bad_page(block);
+        let gateway = self.attach_again(same_session);
+        for node in [1, 2] {
+            self.join_up(Party::Gateway(gateway), Party::Node(node));
+        }
+        self.read(2, gateway, block, 4);
+        self.run_for(20 * SECOND);
+    }
+
+    /// A replica joins the last member while nothing can be read there, and takes over as bad what it has missed. It is the
+    /// last one then, and is asked for that after a write beside it has failed.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn read_what_was_taken_over_as_bad(&mut self) {
+        self.open();
+        self.write(0, 0, 0, 64, false);
+        self.answered();
+        self.kill_node(1, false);
+        self.kill_node(2, false);
+        self.until("only node 0 is left", |w| w.in_sync() == [0]);
+        self.write(0, 0, 40, 4, false);
+        self.answered();
+        self.distrust_all(0);
+        self.nodes[0].faults.read_errors = 1000;
+        self.start_node(1);
+        self.until("node 1 is in, and has nothing that it can vouch for", |w| w.in_sync() == [0, 1]);
+        self.kill_node(0, false);
+        self.until("only node 1 is left", |w| w.in_sync() == [1]);
+        // The write may have left anything, so that what matches no sum may be taken for right.
+        self.nodes[1].faults.full = true;
+        self.write(0, 0, 10, 4, false);
+        self.answered();
+        self.calm(Party::Node(1));
+        self.read(1, 0, 40, 4);
+        self.answered();
+        self.calm(Party::Node(0));
+        self.start_node(0);
+        self.start_node(2);
     }
 }

@@ -49,6 +49,8 @@ pub struct Volume {
     /// to read.
     doubted: BTreeSet<(usize, u64)>,
     unreadable: BTreeSet<usize>,
+    /// Regions of replicas that joined with blocks that no member could vouch for.
+    distrusted: BTreeSet<(usize, RegionIndex)>,
     /// Blocks (replica, mirror block) that a disk has silently spoiled and that were not written since.
     pub rot: BTreeSet<(usize, u64)>,
     leases: Leases,
@@ -85,6 +87,7 @@ impl Volume {
             said: vec![0; info.mirrors.len()],
             doubted: BTreeSet::new(),
             unreadable: BTreeSet::new(),
+            distrusted: BTreeSet::new(),
             rot: BTreeSet::new(),
             leases: Leases { until: BTreeMap::new(), alone_from: BTreeMap::new() },
             deleted: false,
@@ -104,8 +107,14 @@ impl Volume {
     }
 
     /// Whether a replica's disk may have been unable to keep a block, or to read it.
-    pub fn is_doubted(&self, replica: usize, block: u64) -> bool {
+    pub fn has_failed(&self, replica: usize, block: u64) -> bool {
         self.unreadable.contains(&replica) || self.doubted.contains(&(replica, block))
+    }
+
+    /// Whether a replica may be without a block: its disk may have failed it, or it has taken it over as bad.
+    pub fn is_doubted(&self, replica: usize, block: u64) -> bool {
+        let region = RegionIndex((block / REGION_BLOCKS) as u32);
+        self.has_failed(replica, block) || self.distrusted.contains(&(replica, region))
     }
 
     pub fn check_history(&self) -> Result<(), String> {
@@ -348,8 +357,7 @@ impl World {
     /// Blocks that no member could vouch for are bad on a joining replica, too.
     pub(super) fn distrusted(&mut self, volume: VolumeId, region: RegionIndex, replica: ReplicaId) {
         let Some(replica) = self.replica_at.get(&replica).copied() else { return };
-        let first = u64::from(region.0) * REGION_BLOCKS;
-        self.volume_mut(volume).doubted.extend((first..first + REGION_BLOCKS).map(|block| (replica, block)));
+        self.volume_mut(volume).distrusted.insert((replica, region));
     }
 
     // ---- R3 -------------------------------------------------------------------------------------------------

@@ -599,6 +599,12 @@ fn r10_a_distrusted_block_is_bad_until_it_is_written() {
         assert_eq!(rig.bytes(512, 1).unwrap(), Bytes::from(vec![0; B]));
         let copy = Request::CopyTo { block: BlockIndex(0), blocks: [0b11, 0, 0, 0], target: target() };
         assert_eq!(failed(&rig.ask(copy)), Code::Checksum);
+        for first in [0, 512] {
+            let found = hashes(rig, first, 2);
+            let may_be_right: Vec<bool> = found.iter().map(|h| h.readable).collect();
+            assert_eq!(may_be_right, vec![true, false]);
+            assert!(!found[1].intact);
+        }
     };
     check(&mut rig);
     rig.flush(1);
