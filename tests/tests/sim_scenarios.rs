@@ -591,6 +591,30 @@ fn reads_do_not_wait_for_a_slow_disk() {
 }
 
 #[test]
+fn a_disk_that_is_somewhat_slower_is_read_now_and_then() {
+    scenario(|w| {
+        w.open();
+        fill(w, 512);
+        w.nodes[1].faults.slow = 300;
+        let slow_reads = |w: &mut World| {
+            let mut slow = 0;
+            for block in (0..512).step_by(2) {
+                let asked = w.now;
+                w.read(0, 0, block, 2);
+                w.answered();
+                slow += u32::from(w.now - asked > 5 * MS);
+            }
+            slow
+        };
+        let first = slow_reads(w);
+        assert!((3..20).contains(&first), "{first} slow reads; a third of them would be 85");
+        let then = slow_reads(w);
+        assert!((1..8).contains(&then), "{then} slow reads: it is asked, but seldom");
+        w.nodes[1].faults.slow = 0;
+    });
+}
+
+#[test]
 fn an_aborted_write_is_awaited_once_it_is_out() {
     let outcome = scenario(|w| {
         w.open();

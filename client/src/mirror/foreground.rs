@@ -374,23 +374,13 @@ impl Mirror {
 
     // ---- reading --------------------------------------------------------------------------------------------
 
-    /// The replica to read `block` from: by chunk over the live members, so that one stream draws on all of them, but
-    /// for those that are slow.
-    pub(super) fn pick(&self, now: u64, block: u64, tried: Mask) -> Option<usize> {
-        let readable = if mutant::is(Mutant::ReadJoining) { self.live() } else { self.live_members() };
-        let readable = readable - tried;
-        let quick: Mask = readable.iter().filter(|slot| now >= self.slots[*slot].slow_until).collect();
-        let from = if quick.is_empty() { readable } else { quick };
-        let turn = (block / self.cfg.chunk_blocks) as usize;
-        from.iter().nth(turn % from.len().max(1))
-    }
-
     fn read(&mut self, now: u64, id: u64, out: &mut Vec<Output>) {
         let op = &self.ops[&id];
         let (block, count, tried) = (op.block, op.count, op.tried);
         match self.pick(now, block.0, tried) {
             Some(slot) => {
                 self.ops.get_mut(&id).expect("open").stage = Stage::Reading { slot };
+                self.slots[slot].pace.asked(now);
                 self.send(now, slot, What::Op(id), Request::Read { block, count }, out);
             }
             None if tried.is_empty() && mutant::is(Mutant::MadeUpRead) => {

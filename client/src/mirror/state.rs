@@ -10,6 +10,7 @@ use proto::mutant::{self, Mutant};
 use super::clean::{Cleaning, DirtyTracker};
 use super::equalise::{Background, Equalise};
 use super::foreground::{Op, Stage};
+use super::hedge::ReadPace;
 use super::join::{Join, JoinStage};
 use super::mask::Mask;
 use super::membership::Change;
@@ -123,6 +124,7 @@ pub(super) struct Slot {
     pub retry_at: u64,
     /// Until then others are read.
     pub slow_until: u64,
+    pub pace: ReadPace,
     /// How often in a row it was given up because of what it answered.
     pub refusals: u32,
     /// The newest clean that it acknowledged in this session (R6).
@@ -273,6 +275,7 @@ impl Mirror {
                 since: now,
                 retry_at: 0,
                 slow_until: 0,
+                pace: ReadPace::default(),
                 refusals: 0,
                 clean_acked: CleanNo(0),
                 attached_before: false,
@@ -601,6 +604,9 @@ impl Mirror {
             let (replica, epoch) = (self.slots[slot].def.replica, Epoch(*block));
             self.stop(StopReason::Fenced { replica, epoch }, out);
             return;
+        }
+        if matches!(reply, Reply::Read { .. }) {
+            self.slots[slot].pace.answered(now.saturating_sub(sent.at));
         }
         match sent.what {
             What::Op(id) => self.op_answered(now, slot, id, reply, out),
