@@ -361,6 +361,26 @@ fn r8_what_became_suspect_after_a_session_has_looked_is_not_accounted_for_by_it(
 }
 
 #[test]
+fn r6_what_was_found_suspect_is_not_cleaned_before_it_is_settled() {
+    let mut rig = Rig::attached();
+    rig.done(write(0, 2, 1));
+    rig.flush(1);
+    rig.clean(1, &[(0, 1)]);
+    let at = Layout::new(BLOCKS).map(0) as usize;
+    rig.meta.current[at + 100] ^= 1;
+    rig.kill();
+    rig.attach(2, 1);
+    // The page is looked at only now, and the owner knows nothing of what it finds.
+    assert_eq!(rig.bytes(0, 1), Err(Code::Checksum));
+    rig.flush(1);
+    rig.clean(2, &[(0, 1), (1, 1), (2, 1)]);
+    assert_eq!((rig.regions().0, rig.regions().1), (0b111, 0b111));
+    rig.done(Request::Settle { entries: vec![proto::frame::CleanEntry { region: RegionIndex(0), flush: FlushNo(1) }] });
+    rig.clean(3, &[(0, 1), (1, 1), (2, 1)]);
+    assert_eq!((rig.regions().0, rig.regions().1), (0b110, 0b110));
+}
+
+#[test]
 fn r10_a_lost_map_page_is_no_unallocated_one() {
     let mut rig = Rig::attached();
     rig.done(write(0, 2, 1));
