@@ -12,6 +12,7 @@ pub mod fanout;
 pub mod peers;
 pub mod results;
 pub mod run;
+mod scale;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -13,6 +13,8 @@ use proto::cluster::ReplicaCondition;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+/// Room in each pool for other volumes than the first.
+const SPARE_MIB: u64 = 1 << 20;
 /// The name of each cluster's volume.
 const VOLUME: &str = "bench";
 /// No command takes longer.
@@ -79,7 +81,8 @@ impl Md99 {
         let portal = Portal { url: String::new(), addr: ([127, 0, 0, 1], 0).into(), target: String::new(), lun: 0 };
         let mut own = Self { program: program.to_owned(), dir, portal };
         let home = own.dir.path().display().to_string();
-        let pool = format!("{}MiB", (size >> 20).max(64));
+        // Files are sparse: what is never written takes nothing.
+        let pool = format!("{}MiB", (size >> 20).max(64) + SPARE_MIB);
         own.command(&[
             "dev",
             "up",
@@ -92,13 +95,21 @@ impl Md99 {
             "--pool-size",
             &pool,
         ])?;
-        let size = format!("{}MiB", size >> 20);
         let cache = if write_cache { "on" } else { "off" };
-        own.command(&["create-volume", VOLUME, "--size", &size, "--write-cache", cache])?;
-        let text = own.command(&["show-volume", VOLUME])?;
-        let url = text.lines().find_map(|line| line.strip_prefix("URL")).context("the volume has no URL")?;
-        own.portal = Portal::parse(url.trim()).map_err(|failure| anyhow::anyhow!("{failure}"))?;
+        own.portal = own.volume(VOLUME, size, &["--write-cache", cache])?;
         Ok(own)
+    }
+
+    /// Makes another volume.
+    ///
+    /// # Errors
+    /// When it is refused, as one without room is.
+    pub fn volume(&self, name: &str, size: u64, options: &[&str]) -> anyhow::Result<Portal> {
+        let size = format!("{}MiB", size >> 20);
+        self.command(&[&["create-volume", name, "--size", &size], options].concat())?;
+        let text = self.command(&["show-volume", name])?;
+        let url = text.lines().find_map(|line| line.strip_prefix("URL")).context("the volume has no URL")?;
+        Portal::parse(url.trim()).map_err(|failure| anyhow::anyhow!("{failure}"))
     }
 
     fn config(&self) -> PathBuf {

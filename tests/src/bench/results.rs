@@ -17,6 +17,8 @@ pub enum By {
     Tgtd,
     /// So many times what was published of another product on a machine like this.
     Anchor,
+    /// A part of the best of its kind.
+    Best,
     /// Itself, and it has to be small.
     AtMost,
 }
@@ -67,6 +69,7 @@ impl Line {
             By::Fanout => "fan-out",
             By::Tgtd => "tgtd",
             By::Anchor => "Ceph, as published",
+            By::Best => "the best of these",
             By::AtMost => "",
         };
         let bound = match (self.by, self.bound) {

@@ -19,9 +19,9 @@ use super::peers::{Md99, Tgtd, signal};
 use super::results::{By, Line, Results, medians};
 
 /// The parts of a run.
-pub const PARTS: [&str; 6] = ["compare", "rest", "durable", "stalls", "resync", "yield"];
+pub const PARTS: [&str; 7] = ["compare", "rest", "durable", "stalls", "resync", "yield", "scale"];
 /// What is measured is called so; others by their names.
-const MD99: &str = "md99";
+pub(super) const MD99: &str = "md99";
 const TGTD: &str = "tgtd";
 const FANOUT: &str = "fan-out";
 /// Of time series: fine enough to tell what happened during a resync.
@@ -47,14 +47,14 @@ const CEPH_DURABLE: f64 = 439.0;
 const FANOUTS: [(&str, usize, usize); 4] =
     [("randwrite1", 4 << 10, 1), ("randwrite32", 4 << 10, 32), ("mixed", 64 << 10, 16), ("seqwrite", 1 << 20, 8)];
 
-struct Run<'a> {
-    options: &'a Options,
+pub(super) struct Run<'a> {
+    pub options: &'a Options,
     never: Arc<AtomicBool>,
     seed: u64,
-    results: Results,
+    pub results: Results,
 }
 
-fn say(text: &str) {
+pub(super) fn say(text: &str) {
     eprintln!("bench: {text}");
 }
 
@@ -62,12 +62,13 @@ fn say(text: &str) {
 type Get = fn(&Figures) -> f64;
 
 /// How long a load is.
-enum Length {
+#[derive(Clone, Copy)]
+pub(super) enum Length {
     Time(Duration),
     Bytes(u64),
 }
 
-fn shape(name: &str) -> Shape {
+pub(super) fn shape(name: &str) -> Shape {
     shape::named().into_iter().find(|shape| shape.name == name).expect("a named shape")
 }
 
@@ -102,18 +103,33 @@ pub async fn run(options: &Options) -> anyhow::Result<Results> {
     if wants("durable") {
         run.durable().await?;
     }
+    if wants("scale") {
+        run.scale().await?;
+    }
     Ok(run.results)
 }
 
 impl Run<'_> {
-    async fn load(&mut self, portal: &Portal, shape: &Shape, region: u64, length: Length) -> anyhow::Result<Round> {
+    pub async fn load(&mut self, portal: &Portal, shape: &Shape, region: u64, length: Length) -> anyhow::Result<Round> {
         self.seed += 1;
+        self.sessions(portal, shape, region, length, 1, self.seed).await
+    }
+
+    /// A load over so many sessions.
+    pub async fn sessions(
+        &self,
+        portal: &Portal,
+        shape: &Shape,
+        region: u64,
+        length: Length,
+        sessions: usize,
+        seed: u64,
+    ) -> anyhow::Result<Round> {
         let (time, total) = match length {
             Length::Time(time) => (time, None),
             Length::Bytes(bytes) => (Duration::ZERO, Some(bytes)),
         };
-        let plan =
-            Plan { shape, region, sessions: 1, time, total, seed: self.seed, interval: INTERVAL, stop: &self.never };
+        let plan = Plan { shape, region, sessions, time, total, seed, interval: INTERVAL, stop: &self.never };
         let round = over_iscsi::run(portal, &plan).await.map_err(|failure| anyhow::anyhow!("{failure}"))?;
         if let Some(error) = &round.counts.first_error {
             let failed = round.counts.errors + round.counts.unanswered;
@@ -128,7 +144,7 @@ impl Run<'_> {
         self.load(portal, &Shape::fill(1 << 20), region, Length::Bytes(region)).await.map(drop)
     }
 
-    fn line(
+    pub fn line(
         &mut self,
         figure: &'static str,
         by: By,
@@ -141,7 +157,7 @@ impl Run<'_> {
         self.results.lines.push(Line { figure, by, value, unit, bound, floor, goal, note: String::new() });
     }
 
-    fn note(&mut self, note: String) {
+    pub fn note(&mut self, note: String) {
         if let Some(line) = self.results.lines.last_mut() {
             line.note = note;
         }

@@ -9,7 +9,7 @@ use tests::bench::{Options, run};
 
 const USAGE: &str = "usage: tests/bench/run [--quick] [--only PART,PART..] [--rounds N] [--seconds S] [--kills N] \
                      [--also NAME=CLUSTER_PROGRAM] [--disk DIR] [--no-record]
-parts: compare, rest, durable, stalls, resync, yield";
+parts: compare, rest, durable, stalls, resync, yield, scale";
 
 struct Asked {
     options: Options,
