@@ -112,7 +112,6 @@ impl Lab {
             min_in_sync: 1,
             write_cache: true,
             old_lease_until: 0,
-            siblings: 1,
             hash_seed: [5; 32],
         };
         let mirror = Mirror::new(0, config);

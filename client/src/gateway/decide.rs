@@ -85,7 +85,6 @@ pub fn mirror_configs(
         min_in_sync: volume.min_in_sync as usize,
         write_cache: volume.write_cache,
         old_lease_until,
-        siblings: volume.mirrors.len() as u64,
         hash_seed: hash_seed(),
     });
     mirrors.collect()

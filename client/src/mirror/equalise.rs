@@ -81,6 +81,8 @@ pub(super) struct Equalise {
     participants: Mask,
     /// Only look.
     compare_only: bool,
+    /// Nobody waits for it.
+    yields: bool,
     /// Comparisons that wait for this run.
     comparing: Vec<u64>,
     comparison: Comparison,
@@ -119,6 +121,8 @@ pub(super) struct Background {
     limit: Option<u64>,
     /// When the limit lets the next region begin.
     allowed_at: u64,
+    /// Mirrors of the volume with such work: they rest for each other.
+    busy_mirrors: u64,
 }
 
 impl Background {
@@ -129,6 +133,16 @@ impl Background {
 }
 
 impl Mirror {
+    /// So many mirrors of the volume have background work now, this one perhaps among them.
+    pub(crate) fn rest_for(&mut self, busy_mirrors: u64) {
+        self.background.busy_mirrors = busy_mirrors;
+    }
+
+    /// Whether it has regions to equalise that nobody waits for.
+    pub(crate) fn has_background(&self) -> bool {
+        !self.settling.unsettled.is_empty() || self.next_join_region(|_| true).is_some()
+    }
+
     pub(super) fn repair(&mut self, region: RegionIndex) {
         self.background.repairs.insert(region);
     }
@@ -189,6 +203,10 @@ impl Mirror {
                 self.background.allowed_at = self.background.allowed_at.max(now.saturating_sub(CATCH_UP_MS)) + takes;
             }
             self.begin_equalise(now, region, Vec::new(), false, out);
+            // It may have ended at once: then nobody was there.
+            if let Some(run) = self.equalising.get_mut(&region) {
+                run.yields = true;
+            }
         }
     }
 
@@ -205,6 +223,7 @@ impl Mirror {
             locked_at: 0,
             participants: Mask::EMPTY,
             compare_only,
+            yields: false,
             comparing,
             comparison: Comparison::default(),
             was_dirty: false,
@@ -631,8 +650,10 @@ impl Mirror {
     fn end_equalise(&mut self, now: u64, region: RegionIndex, out: &mut Vec<Output>) {
         let run = self.equalising.remove(&region).expect("runs");
         let took = now.saturating_sub(run.locked_at);
-        let rest = (took * YIELDING_REST).clamp(YIELDING_REST_MS.0, YIELDING_REST_MS.1);
-        self.background_next = now + rest * self.cfg.siblings;
+        if run.yields {
+            let rest = (took * YIELDING_REST).clamp(YIELDING_REST_MS.0, YIELDING_REST_MS.1);
+            self.background_next = now + rest * self.background.busy_mirrors.max(1);
+        }
         if !run.compare_only && !mutant::is(Mutant::EqualisedStaysDirty) {
             self.dirty.written(region, now, self.flush_next);
         }

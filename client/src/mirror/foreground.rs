@@ -214,7 +214,9 @@ impl Mirror {
     pub(super) fn submit(&mut self, now: u64, id: u64, op: MirrorOp, out: &mut Vec<Output>) {
         assert!(id > self.last_op, "request {id} after {}", self.last_op);
         self.last_op = id;
-        self.foreground_at = now;
+        if !matches!(op, MirrorOp::Compare { .. }) {
+            self.foreground_at = now;
+        }
         let mut op = Op::new(op);
         let end = op.block.0 + u64::from(op.count);
         assert!(end <= self.cfg.blocks, "blocks {}..{end} of a mirror of {}", op.block, self.cfg.blocks);

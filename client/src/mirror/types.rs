@@ -35,8 +35,6 @@ pub struct MirrorConfig {
     pub write_cache: bool,
     /// Until when, on the session's clock, the previous owner may still read (R3); 0: it cannot.
     pub old_lease_until: u64,
-    /// How many mirrors the volume has: a node that was away is behind in all of them, and each rests for the others.
-    pub siblings: u64,
     /// Fresh for every session: the hashes of equalise are keyed with it and a counter (R7).
     pub hash_seed: [u8; 32],
 }

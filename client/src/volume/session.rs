@@ -198,7 +198,11 @@ impl VolumeSession {
                 self.all(now, &Input::LimitResync(share), out);
             }
             SessionInput::Close => self.all(now, &Input::Close, out),
-            SessionInput::Tick => self.all(now, &Input::Tick, out),
+            SessionInput::Tick => {
+                let busy = self.mirrors.iter().filter(|mirror| mirror.has_background()).count() as u64;
+                self.mirrors.iter_mut().for_each(|mirror| mirror.rest_for(busy));
+                self.all(now, &Input::Tick, out);
+            }
         }
         if (now < lease_until || mutant::is(Mutant::ReplyAfterLease)) && !self.stopped {
             out.extend(self.held.drain(..).map(|(id, ended)| SessionOutput::Ended { id, ended }));

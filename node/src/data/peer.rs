@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Buf;
 use proto::frame::{Code, CopyTarget, FrameError, FrameReader, Kind, PeerRole, Reply, Request};
 use proto::id::{AttachId, ClusterId, VolumeId};
+use proto::limits::MAX_MIRRORS;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
@@ -16,7 +17,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::shard::{ReplicaCell, Shard};
-use crate::replica::{CopyError, CopyToken};
+use crate::replica::{CopyError, CopyToken, MAX_COPIES_OUT};
 
 /// How long a connection may take to be made and greeted.
 const CONNECT: Duration = Duration::from_secs(2);
@@ -24,9 +25,9 @@ const CONNECT: Duration = Duration::from_secs(2);
 const ANSWER: Duration = Duration::from_secs(3);
 /// A connection without anything to send is closed after this time.
 const IDLE: Duration = Duration::from_secs(30);
-/// Copies that wait or are on their way to one peer; one more is answered "unreachable". Every replica's own
-/// window is far smaller.
-const MAX_COPIES: usize = 1024;
+/// Copies that wait or are on their way to one peer, for all mirrors of a volume; one more would be answered
+/// "unreachable".
+const MAX_COPIES: usize = MAX_MIRRORS * MAX_COPIES_OUT;
 
 /// A copy, and who waits for its answer.
 struct Copy {

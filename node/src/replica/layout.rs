@@ -164,6 +164,10 @@ impl MapPage {
         self.distrust(i);
         self.sums[i] = DISOWNED;
     }
+    /// Whether block `i` was disowned, and has not been written since.
+    pub fn is_disowned(&self, i: usize) -> bool {
+        self.is_unverified(i) && self.sums[i] == DISOWNED
+    }
     /// Whether any block of region `r` (0, 1 or 2) of the page is allocated or unverified.
     pub fn region_in_use(&self, r: usize) -> bool {
         let words = r * 4..r * 4 + 4;

@@ -184,6 +184,13 @@ impl MapCache {
         }
     }
 
+    /// Whether any of these blocks was disowned. A journal page may still name such a block from before, so that it tells
+    /// nothing of them, and what is written there would go with this process: it is flushed before it is answered.
+    pub(super) fn has_disowned(&self, page: u64, mut blocks: std::ops::Range<usize>) -> bool {
+        let map = self.get(page).expect("the map page is in memory");
+        blocks.any(|i| map.is_disowned(i))
+    }
+
     /// Data has been written to these blocks of the page: they have these sums.
     /// Those that this allocates are added to `fresh`.
     pub(super) fn set_sums(&mut self, page: u64, at: usize, sums: &[u32], fresh: &mut Vec<(u64, u32)>) {

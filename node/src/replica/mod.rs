@@ -74,5 +74,6 @@ pub use interface::{
     AttachEnd, CloseReason, Config, ConnId, CopyError, CopyToken, Create, DiskData, DiskError, DiskIo, FaultReason,
     FileKind, FileLengths, Input, Notice, OpId, OpenError, OpenReport, Output, ReplicaIds,
 };
+pub(crate) use repair::MAX_COPIES_OUT;
 pub use repair::block_hash;
 pub use state::ReplicaCore;

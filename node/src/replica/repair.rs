@@ -28,6 +28,8 @@ const PIECE_BLOCKS: u64 = 16;
 const MAX_HASH_WINDOW: u32 = 4;
 /// Pieces of one copy that are being read or are on their way: of blocks written here and there, most have one block.
 const MAX_COPY_WINDOW: u32 = 32;
+/// Copies that one replica has on their way.
+pub(crate) const MAX_COPIES_OUT: usize = MAX_REPAIRS * MAX_COPY_WINDOW as usize;
 
 #[derive(Debug, Default)]
 pub(super) struct RepairState {

@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use proto::frame::{Code, Kind, Reply, Request};
 use proto::id::{AttachId, BlockIndex};
-use proto::limits::MAX_ATTACH_IN_FLIGHT;
+use proto::limits::{MAX_ATTACH_IN_FLIGHT, MAX_REPLICAS};
 
 use super::attach::AttachState;
 use super::dirty_log::{MetaPasses, PassWrite, Regions};
@@ -18,11 +18,11 @@ use super::journal::Journal;
 use super::layout::Layout;
 use super::map::MapCache;
 use super::open::Opening;
-use super::repair::{CopyOp, HashOp, RepairState, RestampOp};
+use super::repair::{CopyOp, HashOp, MAX_COPIES_OUT, RepairState, RestampOp};
 use super::superblock::Superblock;
 
 /// Copies from peers that one replica works on at a time; one more is answered `Busy`.
-pub(super) const MAX_INCOMING_COPIES: usize = 256;
+pub(super) const MAX_INCOMING_COPIES: usize = (MAX_REPLICAS - 1) * MAX_COPIES_OUT;
 
 /// A hash map over our own consecutive numbers; nothing ever depends on its order.
 pub(super) type ById<K, V> = HashMap<K, V, BuildHasherDefault<IdHasher>>;

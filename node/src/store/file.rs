@@ -83,7 +83,9 @@ impl FilePair {
         let (meta, meta_is) = open(FileKind::Meta)?;
         let (data, data_is) = open(FileKind::Data)?;
         let found = Found { data: data_is.blocks() > 0, meta: meta_is.len() > 0 };
-        let in_memory = rustix::fs::fstatfs(&data).is_ok_and(|fs| u64::try_from(fs.f_type) == Ok(TMPFS));
+        // A device lies in a file system in memory, too.
+        let on_tmpfs = |file: &File| rustix::fs::fstatfs(file).is_ok_and(|fs| u64::try_from(fs.f_type) == Ok(TMPFS));
+        let in_memory = [(&data, &data_is), (&meta, &meta_is)].iter().all(|(file, is)| is.is_file() && on_tmpfs(file));
         Ok((Self { data, meta, dir: dir.to_owned(), replica, in_memory }, found))
     }
 

@@ -633,7 +633,16 @@ fn r10_a_distrusted_block_is_bad_until_it_is_written() {
     check(&mut rig);
     rig.done(write(1, 1, 2));
     rig.done(write(513, 1, 2));
+    // The journal of blocks that were fresh tells nothing of them.
+    rig.kill();
+    rig.attach(3, 1);
     assert_eq!((rig.bytes(1, 1).unwrap(), rig.bytes(513, 1).unwrap()), (pattern(1, 1, 2), pattern(513, 1, 2)));
+    rig.done(Request::Distrust { block: BlockIndex(0), blocks: [0b10, 0, 0, 0] });
+    rig.flush(1);
+    rig.done(Request::Discard { block: BlockIndex(0), count: 8 });
+    rig.kill();
+    rig.attach(4, 1);
+    assert_eq!(rig.bytes(1, 1).unwrap(), Bytes::from(vec![0; B]));
 }
 
 #[test]
