@@ -164,7 +164,6 @@ async fn serve(shard: &Shard, stream: &mut TcpStream, reader: &mut FrameReader, 
             tokio::select! {
                 sent = send_queued(&mut outgoing, peer) => sent?,
                 failed = read_forever(shard, &mut incoming, reader, peer) => failed?,
-                () = tokio::time::sleep(ANSWER) => return Err(PeerError::Silent),
             }
             continue;
         }
@@ -183,15 +182,20 @@ async fn serve(shard: &Shard, stream: &mut TcpStream, reader: &mut FrameReader, 
     }
 }
 
+/// Sends what there is, and what comes meanwhile: where the network is the slowest part that may never end.
 async fn send_queued(stream: &mut WriteHalf<'_>, peer: &Peer) -> Result<(), PeerError> {
     loop {
+        if peer.sent.borrow().first_key_value().is_some_and(|(_, oldest)| oldest.until <= Instant::now()) {
+            return Err(PeerError::Silent);
+        }
         let Some(copy) = peer.queue.borrow_mut().pop_front() else { return Ok(()) };
         let tag = peer.next_tag.get() + 1;
         peer.next_tag.set(tag);
         let frame = copy.request.encode(0, copy.attach, tag);
         let Copy { cell, generation, token, .. } = copy;
         peer.sent.borrow_mut().insert(tag, Sent { cell, generation, token, until: Instant::now() + ANSWER });
-        stream.write_all_buf(&mut frame.head.chain(frame.payload)).await?;
+        let taken = tokio::time::timeout(ANSWER, stream.write_all_buf(&mut frame.head.chain(frame.payload))).await;
+        taken.map_err(|_| PeerError::Silent)??;
     }
 }
 
