@@ -45,11 +45,13 @@ mutants! {
     RefusalCountsAsDone: "R2", "mirror/foreground", "a member whose disk refused a write counts as having it";
     SetKeepsVersion: "R2", "metadata/state", "a set changes, and its version does not";
     StaleSetChange: "R2", "metadata/state", "a set is changed by an old session, from a version that is over";
+    RemovedUnflushed: "R2", "mirror/membership", "a removal is proposed before those that stay have flushed";
     ForgottenRead: "R2", "mirror/foreground", "a read that was out at a member when it was lost is not sent to another";
     ReplyAfterLease: "R3", "volume/session", "answers are passed on when the lease is over";
     GrantNotNoted: "R3", "control/core", "the leader does not note a lease that it is about to grant";
     NewLeaderForgets: "R3", "control/lease", "a new leader takes it that nobody before it has granted anything";
     TakeOverInLease: "R3", "mirror/take_over", "a new owner does not wait for the older lease to end";
+    ServedWithoutOne: "R3", "mirror/take_over", "regions are served while a member that lacks them may still be a base";
     ReadJoining: "R3", "mirror/foreground", "a joining replica is read";
     WritesShareLocks: "R4", "mirror/foreground", "writes take shared locks";
     UnlockEarly: "R4", "mirror/foreground", "a write's lock goes when it is acknowledged, though a joining replica is still at it";
@@ -59,10 +61,12 @@ mutants! {
     DirtyWithoutSync: "R5", "replica/dirty_log", "a region is changed when its dirty bit is written but not synced";
     CleanAsBoolean: "R6", "mirror/clean, replica/dirty_log", "a dirty bit is cleared whatever the flush number says";
     CleanWithoutAll: "R6", "mirror/clean", "bits are cleared while a replica is out of the set";
+    CleanUnsettled: "R6", "mirror/clean", "bits are cleared before what a take-over found dirty is settled";
     ClearUnannounced: "R6", "mirror/clean", "a clean clears what the one before it did not announce";
     TrustOldImage: "R6", "mirror/take_over, mirror/join", "a replica with old files counts as one that has only restarted";
     EqualisedStaysDirty: "R6", "mirror/equalise", "a region that was equalised counts as being changed for ever";
     CompareSums: "R7", "replica/repair", "replicas compare their stored sums, not what is on their disks";
+    ListBeforeBarrier: "R7", "mirror/join", "dirty regions are asked for while writes are out that a joining replica was not sent";
     JoinBeforeItCounts: "R7", "mirror/join", "a joining replica is proposed while writes are acknowledged without it";
     JoinWithoutFlush: "R7", "mirror/join", "a joining replica is proposed before it is flushed";
     JoinIgnoresItsOwn: "R7", "mirror/join", "only what is dirty on members is equalised, not what is on the joining replica";
@@ -71,6 +75,7 @@ mutants! {
     KeepRestarted: "R8", "mirror/state", "members that restarted are kept as if they had not";
     GoOnWithRestarted: "R8", "mirror/take_over", "where only restarted members are reached the others are not waited for";
     ReleaseToOlder: "R8", "mirror/take_over", "replicas that left before a member restarted count as knowing what it has lost";
+    LostBaseForgotten: "R8", "mirror/take_over", "regions go on without those that they waited for when these are lost again";
     AccountedUnseen: "R8", "replica/dirty_log", "what became suspect after a session had looked counts as accounted for";
     StoreSetEarly: "R8", "mirror/membership", "members store a set that raft has not committed";
     SilentLoss: "R8", "mirror/take_over", "the loss of every cache is not told";

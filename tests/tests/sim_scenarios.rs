@@ -241,6 +241,27 @@ fn what_was_written_under_a_bad_map_page_is_not_replaced_by_what_those_that_left
 }
 
 #[test]
+fn nothing_is_clean_before_a_take_over_has_settled_it() {
+    scenario(World::clean_while_it_settles);
+}
+
+#[test]
+fn a_join_does_not_miss_what_is_out_to_a_region_that_nobody_has_allocated() {
+    scenario(World::join_while_a_write_is_out);
+}
+
+#[test]
+fn nothing_is_read_that_a_member_lacks_whose_removal_is_not_committed() {
+    scenario(World::read_what_a_lost_member_lacks);
+}
+
+#[test]
+fn a_region_waits_again_when_those_that_it_waited_for_are_lost() {
+    let outcome = scenario(World::lose_those_that_were_waited_for);
+    assert_eq!(outcome.counters.recovers, 0, "those that it waited for had it");
+}
+
+#[test]
 fn what_a_killed_process_holds_is_not_replaced_by_what_power_cuts_have_left() {
     for seed in 1..=10 {
         let outcome = scenario_of(seed, |w| {

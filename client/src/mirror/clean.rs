@@ -186,7 +186,7 @@ impl Mirror {
             || self.live_members() != all
             || self.members != all
             || self.change.is_some()
-            || !self.settling.is_settled()
+            || !(self.settling.is_settled() || mutant::is(Mutant::CleanUnsettled))
             || self.dirty.regions.is_empty()
         {
             return;

@@ -102,7 +102,7 @@ impl Mirror {
                 JoinStage::Barrier => {
                     let members = self.live_members();
                     let ready = !members.is_empty() && self.settling.is_settled() && !self.is_listing();
-                    if ready && !self.writes_not_sent_to(slot) {
+                    if ready && (!self.writes_not_sent_to(slot) || mutant::is(Mutant::ListBeforeBarrier)) {
                         for s in (members | Mask::one(slot)).iter() {
                             self.request_list(now, s, out);
                         }

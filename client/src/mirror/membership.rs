@@ -94,7 +94,7 @@ impl Mirror {
         match &self.change {
             Some(Change { members, stage: ChangeStage::Flushing(no), .. }) if *members == live => {
                 let no = *no;
-                if self.flushed(no, live) {
+                if self.flushed(no, live) || mutant::is(Mutant::RemovedUnflushed) {
                     for slot in live.iter().filter(|_| mutant::is(Mutant::StoreSetEarly)) {
                         let set = SetView { version: self.version.next(), ..self.set_view() };
                         self.store_set(now, slot, set, out);

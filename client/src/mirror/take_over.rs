@@ -323,7 +323,7 @@ impl Mirror {
         // A member that is not there may lack what the others were made equal with: until its removal is committed it
         // could be the base of a later session, and a read from here would be taken back (R3).
         if let Some((_, no)) = &self.settling.flushing
-            && self.everyone_counts()
+            && (self.everyone_counts() || mutant::is(Mutant::ServedWithoutOne))
             && self.flushed(*no, self.required())
             && let Some((group, _)) = self.settling.flushing.take()
         {
@@ -382,7 +382,7 @@ impl Mirror {
 
     /// A replica that regions had waited for is gone again before they were settled: they wait again.
     pub(super) fn extra_base_lost(&mut self, slot: usize) {
-        if !self.settling.extra_bases.contains(slot) {
+        if !self.settling.extra_bases.contains(slot) || mutant::is(Mutant::LostBaseForgotten) {
             return;
         }
         self.settling.extra_bases.remove(slot);

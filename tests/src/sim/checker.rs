@@ -34,7 +34,8 @@ checkers! {
     CleanMeansEqual: "R6: where replicas differ the region is dirty on one of them; once everything has healed none do";
     Entered: "R7: a replica that enters the set has what was acknowledged, and has it durably if it was flushed";
     MetadataOld: "R8: the metadata are taken for old only if they are";
-    Durable: "R9: what a flush covered, what was written durably, and what the last member has, is on the medium";
+    Durable: "R9: what a flush covered, what was written durably, what the last member has, and what was acknowledged \
+        when a member left, is on the medium";
     PowerOn: "R9: a session that had settled never says that what it acknowledged was lost";
     NobodyWrote: "R10: nothing is read that nobody wrote";
     Medium: "R10: a medium error only where no member may have the block";

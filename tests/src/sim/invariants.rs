@@ -3,7 +3,7 @@
 //! | rule | checked |
 //! |---|---|
 //! | R1 | epochs rise (`voter`), none is given out twice (`volume`); an attach is answered when nothing older is with the disk and its epoch is on it, and nothing is done under an older one after that |
-//! | R2 | what is acknowledged is on every member of the committed set; sets change a version at a time, none is empty |
+//! | R2 | what is acknowledged is on every member of the committed set, and on the medium of those who stay when one leaves; sets change a version at a time, none is empty |
 //! | R3 | no reply without a lease (`gateway`), no older lease lives when a newer session counts on its end (`volume`) |
 //! | R4 | by the history: two overlapping requests that mix are no register |
 //! | R5 | nothing changes a region on a disk while its dirty bit is not durable there |
@@ -306,6 +306,34 @@ impl World {
                         covered.number
                     ),
                 );
+            }
+        }
+    }
+
+    /// R2: who stays in a set that somebody has left has all on the medium that was acknowledged. Whoever left may have
+    /// been the only one, and nobody asks it any more.
+    pub(super) fn check_stayed(&mut self, volume: VolumeId, mirror: usize) {
+        let proposed = self.proposed.get(&(volume, mirror)).cloned().unwrap_or_default();
+        let known = self.volume(volume);
+        for replica in self.members_of(volume, mirror) {
+            let r = &self.replicas[replica];
+            // One that was lost meanwhile leaves as well, or has its cache made up for.
+            let attach = r.core.as_ref().and_then(node::replica::ReplicaCore::current_attach);
+            if attach.is_none() || !proposed.contains(&(r.id, attach.expect("checked"))) {
+                continue;
+            }
+            for (covered, _) in self.work.acknowledged(volume) {
+                let (at_mirror, at) = known.place(covered.block);
+                let doubted = known.is_doubted(replica, at) || known.history.is_given_up(covered.block);
+                if at_mirror != mirror || doubted || r.disk.data.durable(at).as_ref() == Some(&covered.data) {
+                    continue;
+                }
+                let number = covered.number;
+                let what = format!(
+                    "R2: replica {replica} stays in the set without block {at} of acknowledged write {number} on its \
+                     medium"
+                );
+                return self.fail(Checker::Durable, what);
             }
         }
     }

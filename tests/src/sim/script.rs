@@ -1,12 +1,12 @@
 //! What a scenario does to the world by name, rather than by chance.
 
-use client::mirror::MirrorStatus;
+use client::mirror::{MirrorStatus, Standing};
 use client::volume::SessionInput;
 use node::replica::layout::MAP_BLOCKS;
 
 use super::disk::PAGE;
 use super::net::Party;
-use super::world::{SECOND, World};
+use super::world::{MS, SECOND, World};
 
 /// Long enough for anything that does not wait for a fault to end.
 const SOON: u64 = 30 * SECOND;
@@ -274,5 +274,138 @@ impl World {
         self.calm(Party::Node(0));
         self.start_node(0);
         self.start_node(2);
+    }
+
+    /// A take-over finds two regions dirty, of which one differs, and comes to that one only after a long while.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn clean_while_it_settles(&mut self) {
+        self.open();
+        // Allocated, so that there is something to compare.
+        self.write(0, 0, 0, 8, false);
+        self.write(1, 0, 300, 8, false);
+        self.answered();
+        self.until("nothing is dirty", |w| w.is_in_order());
+        self.write(0, 0, 0, 8, false);
+        self.answered();
+        self.cut(Party::Gateway(0), Party::Node(2));
+        self.write(0, 0, 300, 8, false);
+        self.run_for(100 * MS);
+        self.kill_gateway(0);
+        self.want_on(1, true);
+        self.until("the session is there", |w| w.session(1).is_some());
+        // The second region's turn is in 16 seconds.
+        self.limit_resync(1, Some(64 << 10));
+        self.until("the first region is settled", |w| w.takes_requests(1) && w.status(1).unsettled == 1);
+        self.run_for(10 * SECOND);
+        assert_eq!((self.in_sync(), self.status(1).unsettled), (vec![0, 1, 2], 1));
+        self.limit_resync(1, None);
+    }
+
+    /// A replica comes back while a write to a region that nobody has allocated is with the others, who have not got
+    /// round to it; another region holds its join up.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn join_while_a_write_is_out(&mut self) {
+        self.open();
+        self.write(0, 0, 0, 8, false);
+        self.write(1, 0, 300, 8, false);
+        self.answered();
+        // Its process goes on, and knows what it has allocated.
+        self.cut(Party::Gateway(0), Party::Node(2));
+        self.reset_link(0, 2);
+        self.until("node 2 has left", |w| w.in_sync() == [0, 1]);
+        self.write(0, 0, 0, 8, false);
+        self.write(1, 0, 300, 8, false);
+        self.answered();
+        // The second region in 16 seconds.
+        self.limit_resync(0, Some(64 << 10));
+        self.run_for(SECOND);
+        (0..2).for_each(|node| self.nodes[node].faults.slow = 5_000);
+        self.write(0, 0, 600, 8, false);
+        self.join_up(Party::Gateway(0), Party::Node(2));
+        let joins = |w: &mut Self| w.status(0).replicas.iter().any(|r| matches!(r.standing, Standing::Joining { .. }));
+        self.until("node 2 is attached", joins);
+        self.run_for(50 * MS);
+        assert!(!self.client_is_idle(0), "the write is out");
+        (0..2).for_each(|node| self.nodes[node].faults.slow = 0);
+        self.answered();
+        self.limit_resync(0, None);
+        self.until("node 2 is back", |w| w.in_sync() == [0, 1, 2]);
+    }
+
+    /// A write reaches one node, and its gateway dies. The next one makes another node equal, while it has lost the third,
+    /// and can't take it out of the set; what it lets be read then is read again from the third alone.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn read_what_a_lost_member_lacks(&mut self) {
+        self.open();
+        self.write(0, 0, 0, 64, false);
+        self.answered();
+        self.until("nothing is dirty", |w| w.is_in_order());
+        for node in [1, 2] {
+            self.cut(Party::Gateway(0), Party::Node(node));
+        }
+        self.write(0, 0, 10, 8, false);
+        self.run_for(100 * MS);
+        self.kill_gateway(0);
+        // It does not decide without all of them before it has a lease of its own.
+        self.cut(Party::Gateway(1), Party::Node(2));
+        self.want_on(1, true);
+        self.until("the session is there", |w| w.session(1).is_some());
+        // The region's turn comes at once, and again in 16 seconds.
+        self.limit_resync(1, Some(64 << 10));
+        self.run_for(1500 * MS);
+        self.join_up(Party::Gateway(1), Party::Node(2));
+        self.until("it has decided", |w| w.takes_requests(1) && w.status(1).unsettled > 0);
+        self.cut(Party::Gateway(1), Party::Control);
+        self.reset_link(1, 2);
+        let joins = |w: &mut Self| w.status(1).replicas.iter().any(|r| matches!(r.standing, Standing::Joining { .. }));
+        self.until("node 2 is attached again", joins);
+        assert_eq!(self.in_sync(), [0, 1, 2], "its removal is not committed");
+        self.flush(1, 1);
+        self.run_for(200 * MS);
+        self.read(2, 1, 10, 8);
+        self.run_for(SECOND);
+        self.kill_gateway(1);
+        (0..2).for_each(|node| self.kill_node(node, false));
+        self.start_gateway(0);
+        self.join_up(Party::Gateway(0), Party::Node(2));
+        self.want_on(0, true);
+        self.until("it goes on with node 2", |w| w.takes_requests(0) && w.in_sync() == [2]);
+        self.read(3, 0, 10, 8);
+        self.answered();
+        (0..2).for_each(|node| self.start_node(node));
+    }
+
+    /// Those that a region waits for are back, and are lost again before the region is equal.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn lose_those_that_were_waited_for(&mut self) {
+        self.open();
+        self.leave_two_behind();
+        let waits = |w: &Self| w.status(1).waits.is_some_and(|why| why.contains("recover-volume"));
+        assert!(waits(self), "they are waited for");
+        for node in [1, 2] {
+            self.join_up(Party::Gateway(1), Party::Node(node));
+        }
+        self.until("all are there", |w| !waits(w));
+        for node in [1, 2] {
+            self.nodes[node].faults.slow = 5_000;
+            self.reset_link(1, node);
+            self.cut(Party::Gateway(1), Party::Node(node));
+        }
+        assert!(self.status(1).unsettled > 0, "nothing is equal yet");
+        self.read(2, 1, 10, 8);
+        self.run_for(5 * SECOND);
+        for node in [1, 2] {
+            self.nodes[node].faults.slow = 0;
+            self.join_up(Party::Gateway(1), Party::Node(node));
+        }
+        self.answered();
     }
 }

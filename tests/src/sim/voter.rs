@@ -353,6 +353,9 @@ impl World {
         for (volume, mirror, replica) in entered(&before, &self.truth) {
             self.check_entered(volume, mirror, replica);
         }
+        for (volume, mirror) in shrunk(&before, &self.truth) {
+            self.check_stayed(volume, mirror);
+        }
     }
 
     /// When all has been healed: every member has the same, and not only where it happens to have been compared.
@@ -376,6 +379,21 @@ fn entered(before: &Truth, after: &Truth) -> Vec<(VolumeId, usize, ReplicaId)> {
             let (was, is) = (&was.in_sync.members, &is.in_sync.members);
             if is.iter().any(|r| was.contains(r)) {
                 all.extend(is.iter().filter(|r| !was.contains(r)).map(|r| (*id, i, *r)));
+            }
+        }
+    }
+    all
+}
+
+/// Sets that somebody has left, and that others stay in.
+fn shrunk(before: &Truth, after: &Truth) -> Vec<(VolumeId, usize)> {
+    let mut all = Vec::new();
+    for (id, new) in &after.volumes {
+        let Some(old) = before.volumes.get(id) else { continue };
+        for (i, (was, is)) in old.mirrors.iter().zip(&new.mirrors).enumerate() {
+            let (was, is) = (&was.in_sync.members, &is.in_sync.members);
+            if is.len() < was.len() && is.iter().all(|r| was.contains(r)) {
+                all.push((*id, i));
             }
         }
     }
