@@ -28,8 +28,8 @@ const FOREGROUND_MS: u64 = 50;
 /// While it does, one region at a time is equalised, and between two of them it rests so many times as long as the first
 /// one took: a third of what the machines could do is left to it, in all mirrors of a volume together.
 const YIELDING_REST: u64 = 2;
-/// In milliseconds at least, and at most: it always advances, by 20 to 100 MiB/s.
-const YIELDING_REST_MS: (u64, u64) = (10, 50);
+/// In milliseconds at least, and at most: it always advances, by 20 to 120 MiB/s.
+const YIELDING_REST_MS: (u64, u64) = (8, 40);
 /// What a limit did not let begin in so much time, since the clock ticks seldom, is made up for.
 const CATCH_UP_MS: u64 = 100;
 /// Nodes that could not reach each other are not tried again for so long, nor within one join: trying ends it.
