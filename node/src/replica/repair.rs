@@ -1,8 +1,8 @@
 //! What equalising needs of a replica (R7): hashes of what is on the disk, copies to a peer, restamps, and doubt.
 //!
 //! At most [`MAX_REPAIRS`] of these run at a time; the rest wait in order, counted among the requests in flight of
-//! their attach. Each works in pieces that end as separate disk operations, so that foreground requests come
-//! between them: hashing one piece takes a fraction of a millisecond.
+//! their attach. Each works in pieces that end as separate disk operations, so that foreground requests come between
+//! them where a disk is waited for; of what the page cache has, a region takes a fraction of a millisecond.
 
 use std::collections::VecDeque;
 
