@@ -251,6 +251,11 @@ fn a_join_does_not_miss_what_is_out_to_a_region_that_nobody_has_allocated() {
 }
 
 #[test]
+fn a_slow_replica_joins_while_it_is_written_to() {
+    scenario(World::join_under_writes);
+}
+
+#[test]
 fn nothing_is_read_that_a_member_lacks_whose_removal_is_not_committed() {
     scenario(World::read_what_a_lost_member_lacks);
 }

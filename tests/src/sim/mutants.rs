@@ -89,7 +89,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::EqualisedStaysDirty => plan(&[DirtyLeft]),
         Mutant::CompareSums => plan(DIFFER).wants(&[PowerCut]),
         Mutant::ListBeforeBarrier => plan(&[Entered]).told(World::join_while_a_write_is_out),
-        Mutant::JoinBeforeItCounts => plan(&[Entered]).wants(&[Reset, SlowDisk]),
+        Mutant::JoinBeforeItCounts => plan(&[Entered]).told(World::join_under_writes),
         Mutant::JoinWithoutFlush => plan(&[Entered]),
         Mutant::JoinIgnoresItsOwn => plan(DIFFER).only(&[LoseFiles, Close]),
         Mutant::KeepTargetOfLateCopy => plan(DIFFER).only(&[CutNodes, Reset]).often(),
