@@ -237,15 +237,7 @@ async fn follow(
     while let Some(event) = events.recv().await {
         match event {
             VolumeEvent::ProposeSet { mirror, version, members, awaited } => {
-                let definition = opened.volume.mirrors[mirror].id;
-                let (control, commands) = (control.clone(), commands.clone());
-                let (volume, epoch) = (opened.volume.id, opened.epoch);
-                tokio::spawn(async move {
-                    let decision =
-                        session::decide_set(&control, volume, definition, epoch, version, members, awaited, &commands)
-                            .await;
-                    let _ = commands.send(VolumeCommand::SetDecided { mirror, decision });
-                });
+                session::propose_set(&control, &opened, mirror, version, members, awaited, &commands);
             }
             VolumeEvent::Stopped(reason) => {
                 tracing::warn!(volume = %opened.volume.name, %reason, "session ended");

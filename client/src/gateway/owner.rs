@@ -177,13 +177,7 @@ async fn serve(
         tokio::select! {
             event = events.recv() => match event {
                 Some(VolumeEvent::ProposeSet { mirror, version, members, awaited }) => {
-                    let definition = opened.volume.mirrors[mirror].id;
-                    let (shared, commands) = (shared.clone(), commands.clone());
-                    tokio::spawn(async move {
-                        let decision =
-                            session::decide_set(&shared.control, id, definition, epoch, version, members, awaited, &commands).await;
-                        let _ = commands.send(VolumeCommand::SetDecided { mirror, decision });
-                    });
+                    session::propose_set(&shared.control, &opened, mirror, version, members, awaited, &commands);
                 }
                 Some(VolumeEvent::Stopped(reason)) => break End::Stopped(reason),
                 Some(VolumeEvent::Closed { clean }) => {

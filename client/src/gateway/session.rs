@@ -1,5 +1,5 @@
-//! What whoever has opened a volume's session makes of it, in a gateway or elsewhere: what the volume runs with, and how
-//! its in-sync sets are decided. What is made of single answers is [`decide`]'s.
+//! What whoever has opened a volume's session makes of it, in a gateway or elsewhere: what the volume runs with, and
+//! how its in-sync sets are decided. What is made of single answers is [`decide`]'s.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -56,8 +56,26 @@ fn hash_seed() -> [u8; 32] {
     seed
 }
 
+/// Has a set decided that the volume proposes for one of its mirrors, and tells it.
+pub fn propose_set(
+    control: &ControlClient,
+    opened: &OpenedSession,
+    mirror: usize,
+    expected: SetVersion,
+    members: Vec<ReplicaId>,
+    awaited: Vec<ReplicaId>,
+    commands: &mpsc::UnboundedSender<VolumeCommand>,
+) {
+    let (control, commands) = (control.clone(), commands.clone());
+    let (volume, definition, epoch) = (opened.volume.id, opened.volume.mirrors[mirror].id, opened.epoch);
+    tokio::spawn(async move {
+        let decision = decide_set(&control, volume, definition, epoch, expected, members, awaited, &commands).await;
+        let _ = commands.send(VolumeCommand::SetDecided { mirror, decision });
+    });
+}
+
 /// Asks for a set until the answer is definite: while it is in doubt the same request is repeated (R2).
-pub async fn decide_set(
+async fn decide_set(
     control: &ControlClient,
     volume: VolumeId,
     mirror: MirrorId,

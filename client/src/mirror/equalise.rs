@@ -156,19 +156,22 @@ impl Mirror {
         self.background.no_path.retain(|(_, target), found| *target != slot || now < *found + NO_PATH_MS);
     }
 
+    /// Whether a region that somebody needs may be begun: what is looked at once more after a long while is not held up
+    /// till then.
+    fn is_due(&self, now: u64, region: &RegionIndex) -> bool {
+        let backs_off = self.background.retry_at.get(region).is_some_and(|at| *at <= now + RETRY_MS);
+        !self.equalising.contains_key(region) && !backs_off
+    }
+
     /// Begins what is due: demanded regions at once, the rest as the foreground leaves room.
     pub(super) fn advance_background(&mut self, now: u64, out: &mut Vec<Output>) {
         if !matches!(self.phase, Phase::Serving | Phase::Closing) {
             return;
         }
         self.background.retry_at.retain(|_, at| now < *at);
-        // What is looked at once more after a long while is not held up till then if somebody needs it.
-        let soon = now + RETRY_MS;
-        let backs_off = |b: &Background, r: &RegionIndex| b.retry_at.get(r).is_some_and(|at| *at <= soon);
         while self.equalising.len() < limits::MAX_DEMANDED_REGIONS {
-            let due = |r: &RegionIndex| !self.equalising.contains_key(r) && !backs_off(&self.background, r);
             let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.background.retry_at.contains_key(r);
-            let next = (self.settling.demanded.iter().copied().find(due)).or_else(|| {
+            let next = (self.settling.demanded.iter().copied().find(|r| self.is_due(now, r))).or_else(|| {
                 self.background.repairs.iter().copied().find(free).filter(|_| self.phase == Phase::Serving)
             });
             let Some(region) = next else { break };
@@ -193,7 +196,7 @@ impl Mirror {
             && (!yielding || now >= self.background_next)
             && (self.background.limit.is_none() || now >= self.background.allowed_at)
         {
-            let due = |r: &RegionIndex| !self.equalising.contains_key(r) && !backs_off(&self.background, r);
+            let due = |r: &RegionIndex| self.is_due(now, r);
             let Some(region) = self.settling.unsettled.iter().find(due).or_else(|| self.next_join_region(due)) else {
                 break;
             };

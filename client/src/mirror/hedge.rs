@@ -5,9 +5,9 @@
 //! sent to another member as well, and the first good answer counts.
 //!
 //! A slow disk, or a node whose processor somebody else uses, would otherwise delay every third read. A read may come
-//! from any member (R3), so a second one is safe; the answer that comes later is dropped. The lock does not wait for it:
-//! it changes nothing, and what it says of the bytes is not used (R4). While a replica is slow,
-//! others are read; after [`SLOW_MS`] it is tried again.
+//! from any member (R3), so a second one is safe; the answer that comes later is dropped. The lock does not wait for
+//! it: it changes nothing, and what it says of the bytes is not used (R4). While a replica is slow, others are read;
+//! after [`SLOW_MS`] it is tried again.
 
 use proto::frame::{Code, Reply, Request};
 use proto::id::RegionIndex;

@@ -55,6 +55,20 @@ pub(super) struct Peer {
     wake: Notify,
 }
 
+impl Peer {
+    /// When the oldest copy that is on its way should have been answered. Their tags rise, and so do their times.
+    fn oldest(&self) -> Option<Instant> {
+        self.sent.borrow().first_key_value().map(|(_, sent)| sent.until)
+    }
+
+    fn is_heard(&self) -> Result<(), PeerError> {
+        match self.oldest() {
+            Some(until) if until <= Instant::now() => Err(PeerError::Silent),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The peers of a shard.
 #[derive(Default)]
 pub(super) struct Peers {
@@ -156,7 +170,7 @@ async fn serve(shard: &Shard, stream: &mut TcpStream, reader: &mut FrameReader, 
     let (mut incoming, mut outgoing) = stream.split();
     let mut used = Instant::now();
     loop {
-        let until = peer.sent.borrow().values().map(|s| s.until).min();
+        let until = peer.oldest();
         let idle = used + IDLE;
         if !peer.queue.borrow().is_empty() {
             used = Instant::now();
@@ -174,9 +188,7 @@ async fn serve(shard: &Shard, stream: &mut TcpStream, reader: &mut FrameReader, 
                 if peer.queue.borrow().is_empty() && peer.sent.borrow().is_empty() && Instant::now() >= idle {
                     return Ok(());
                 }
-                if peer.sent.borrow().values().any(|s| s.until <= Instant::now()) {
-                    return Err(PeerError::Silent);
-                }
+                peer.is_heard()?;
             }
         }
     }
@@ -185,9 +197,7 @@ async fn serve(shard: &Shard, stream: &mut TcpStream, reader: &mut FrameReader, 
 /// Sends what there is, and what comes meanwhile: where the network is the slowest part that may never end.
 async fn send_queued(stream: &mut WriteHalf<'_>, peer: &Peer) -> Result<(), PeerError> {
     loop {
-        if peer.sent.borrow().first_key_value().is_some_and(|(_, oldest)| oldest.until <= Instant::now()) {
-            return Err(PeerError::Silent);
-        }
+        peer.is_heard()?;
         let Some(copy) = peer.queue.borrow_mut().pop_front() else { return Ok(()) };
         let tag = peer.next_tag.get() + 1;
         peer.next_tag.set(tag);

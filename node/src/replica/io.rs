@@ -252,8 +252,7 @@ impl ReplicaCore {
         while at < write.sums.len() {
             let (page, i) = place(block.0 + at as u64);
             let n = (write.sums.len() - at).min(MAP_BLOCKS as usize - i);
-            write.fua |= self.map.has_disowned(page, i..i + n);
-            self.map.set_sums(page, i, &write.sums[at..at + n], &mut fresh);
+            write.fua |= self.map.set_sums(page, i, &write.sums[at..at + n], &mut fresh);
             at += n;
         }
         write.data = Bytes::new();
@@ -344,8 +343,8 @@ impl ReplicaCore {
             }
             let map = self.map.get(page).expect("the map page is in memory");
             let in_use = |i: &usize| map.is_allocated(*i) || map.is_unverified(*i);
-            zero.fua |= self.map.has_disowned(page, at..at + n as usize);
             if (at..at + n as usize).any(|i| in_use(&i)) {
+                zero.fua |= (at..at + n as usize).any(|i| map.is_disowned(i));
                 // From here on the blocks read as zeroes; the punch only frees their space.
                 let map = self.map.modify(page);
                 (at..at + n as usize).for_each(|i| map.clear(i));

@@ -117,7 +117,8 @@ impl Layout {
 /// What is known of the blocks of one map page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapPage {
-    /// CRC-32 of each block; meaningful where it is allocated and verified, or says [`DISOWNED`] where it is not verified.
+    /// CRC-32 of each block; meaningful where it is allocated and verified, or says [`DISOWNED`] where it is not
+    /// verified.
     pub sums: [u32; MAP_BLOCKS as usize],
     /// The block has data; otherwise it reads as zeroes.
     pub allocated: [u64; MAP_BLOCKS as usize / 64],
@@ -159,12 +160,15 @@ impl MapPage {
         self.allocated[i / 64] |= 1 << (i % 64);
         self.unverified[i / 64] |= 1 << (i % 64);
     }
-    /// Block `i` can't be trusted, and what it holds must not be taken for right later: it is older than what others held.
+    /// Block `i` can't be trusted, and what it holds must not be taken for right later: it is older than what others
+    /// held.
     pub fn disown(&mut self, i: usize) {
         self.distrust(i);
         self.sums[i] = DISOWNED;
     }
-    /// Whether block `i` was disowned, and has not been written since.
+    /// Whether block `i` was disowned, and has not been written since. A journal page may still name it from before, so
+    /// that none tells anything of such a block, and what is written there would go with this process: it is flushed
+    /// before it is answered.
     pub fn is_disowned(&self, i: usize) -> bool {
         self.is_unverified(i) && self.sums[i] == DISOWNED
     }

@@ -28,7 +28,7 @@ use super::bitset::BitSet;
 use super::dirty_log::{Waiter, runs};
 use super::interface::{DiskData, DiskError, DiskIo, FaultReason, FileKind, Notice, Output};
 use super::journal::add_to_runs;
-use super::layout::{self, MAP_BLOCKS, MAP_REGIONS, MapPage, PAGE};
+use super::layout::{self, DISOWNED, MAP_BLOCKS, MAP_REGIONS, MapPage, PAGE};
 use super::state::{ById, Io, ReplicaCore};
 
 /// Pages that stay in memory when a replica has had nothing to do for [`IDLE_MS`].
@@ -184,26 +184,21 @@ impl MapCache {
         }
     }
 
-    /// Whether any of these blocks was disowned. A journal page may still name such a block from before, so that it tells
-    /// nothing of them, and what is written there would go with this process: it is flushed before it is answered.
-    pub(super) fn has_disowned(&self, page: u64, mut blocks: std::ops::Range<usize>) -> bool {
-        let map = self.get(page).expect("the map page is in memory");
-        blocks.any(|i| map.is_disowned(i))
-    }
-
     /// Data has been written to these blocks of the page: they have these sums.
-    /// Those that this allocates are added to `fresh`.
-    pub(super) fn set_sums(&mut self, page: u64, at: usize, sums: &[u32], fresh: &mut Vec<(u64, u32)>) {
+    /// Those that this allocates are added to `fresh`. Tells whether any was disowned.
+    pub(super) fn set_sums(&mut self, page: u64, at: usize, sums: &[u32], fresh: &mut Vec<(u64, u32)>) -> bool {
         let map = self.modify(page);
-        let mut allocates = false;
+        let (mut allocates, mut disowned) = (false, false);
         for (i, sum) in (at..).zip(sums) {
             if !map.is_allocated(i) || map.is_unverified(i) {
                 allocates = true;
+                disowned |= map.is_disowned(i);
                 add_to_runs(fresh, page * MAP_BLOCKS + i as u64);
             }
             map.set(i, *sum);
         }
         self.slot(page).expect("modified above").allocates |= allocates;
+        disowned
     }
 
     #[cfg(test)]
@@ -226,6 +221,10 @@ impl Snapshot {
     }
     pub(super) fn unverified(&self, i: usize) -> bool {
         self.unverified[i / 64] & (1 << (i % 64)) != 0
+    }
+    /// See [`MapPage::is_disowned`].
+    pub(super) fn disowned(&self, i: usize) -> bool {
+        self.unverified(i) && self.sums[i] == DISOWNED
     }
 }
 

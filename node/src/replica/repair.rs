@@ -16,7 +16,6 @@ use proto::mutant::{self, Mutant};
 use super::dirty_log::{Waiter, regions_of};
 use super::interface::{CopyError, CopyToken, DiskData, DiskError, DiskIo, FileKind, Notice, Output};
 use super::io::body;
-use super::layout::DISOWNED;
 use super::map::{Snapshot, place};
 use super::state::{Body, ById, Changing, Io, Op, ReplicaCore};
 
@@ -275,11 +274,10 @@ impl ReplicaCore {
                         job.hashes[i] = BlockHash { hash, intact: true, readable: true, allocated: true };
                         continue;
                     }
-                    let disowned = map.unverified(i) && map.sums[i] == DISOWNED;
                     job.hashes[i] = BlockHash {
                         hash: block_hash(&job.key, bytes),
                         intact: !map.unverified(i) && block_sum(bytes) == map.sums[i],
-                        readable: !disowned || mutant::is(Mutant::DistrustedTaken),
+                        readable: !map.disowned(i) || mutant::is(Mutant::DistrustedTaken),
                         allocated: true,
                     };
                 }

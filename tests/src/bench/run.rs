@@ -115,6 +115,20 @@ impl Run<'_> {
         self.sessions(portal, shape, region, length, 1, self.seed).await
     }
 
+    /// A round, and what it takes of these processes.
+    pub async fn watched(
+        &mut self,
+        portal: &Portal,
+        pids: &[u32],
+        shape: &Shape,
+        region: u64,
+    ) -> anyhow::Result<Round> {
+        let before = Reading::take(pids);
+        let mut round = self.load(portal, shape, region, Length::Time(self.options.time)).await?;
+        round.processes(&before, &Reading::take(pids));
+        Ok(round)
+    }
+
     /// A load over so many sessions.
     pub async fn sessions(
         &self,
@@ -214,9 +228,7 @@ impl Run<'_> {
             for shape in shape::usual() {
                 say(&format!("round {number} of {}: {}", options.rounds, shape.name));
                 for (name, portal, pids) in &targets {
-                    let before = Reading::take(pids);
-                    let mut round = self.load(portal, &shape, options.region, Length::Time(options.time)).await?;
-                    round.processes(&before, &Reading::take(pids));
+                    let round = self.watched(portal, pids, &shape, options.region).await?;
                     if name == MD99 {
                         memory = memory.max(round.figures.target_resident_bytes.unwrap_or(0.0));
                     }
@@ -438,9 +450,7 @@ impl Run<'_> {
             for (shape, depth) in [(shape("randwrite1"), 1), (shape("randwrite32"), 32)] {
                 say(&format!("durable, round {number} of {}: {}", options.rounds, shape.name));
                 let name = format!("{} durable", shape.name);
-                let before = Reading::take(&pids);
-                let mut round = self.load(&md99.portal, &shape, region, Length::Time(options.time)).await?;
-                round.processes(&before, &Reading::take(&pids));
+                let round = self.watched(&md99.portal, &pids, &shape, region).await?;
                 rounds.push((name.clone(), MD99.into(), round.figures, round.counts.errors));
                 rounds.push((name, FANOUT.into(), self.fanout(4 << 10, depth, true)?, 0));
             }

@@ -2,7 +2,6 @@
 
 use std::thread;
 
-use cli::bench::pids::Reading;
 use cli::bench::shape::Shape;
 use cli::bench::target::Portal;
 
@@ -31,7 +30,10 @@ impl Run<'_> {
         for portal in &volumes {
             self.load(portal, &Shape::fill(1 << 20), REGION, Length::Bytes(REGION)).await?;
         }
-        for (name, percent) in [("4k reads", 100), ("4k writes", 0)] {
+        for (name, percent, figures) in [
+            ("4k reads", 100, ["4k reads, 16 sessions of depth 8", "4k reads, 16 volumes of depth 8"]),
+            ("4k writes", 0, ["4k writes, 16 sessions of depth 8", "4k writes, 16 volumes of depth 8"]),
+        ] {
             let shape = Shape::custom(4 << 10, percent, false, DEPTH, false);
             let mut sums = [const { Vec::new() }; 2];
             for at_once in AT_ONCE {
@@ -41,14 +43,8 @@ impl Run<'_> {
                 sums[0].push(one.figures.iops);
                 sums[1].push(self.volumes(&volumes[..at_once], &shape)?);
             }
-            for (kind, sums) in ["sessions", "volumes"].iter().zip(sums) {
+            for (figure, (kind, sums)) in figures.into_iter().zip(["sessions", "volumes"].into_iter().zip(sums)) {
                 let best = sums.iter().copied().fold(0.0, f64::max);
-                let figure = match (name, *kind) {
-                    ("4k reads", "sessions") => "4k reads, 16 sessions of depth 8",
-                    ("4k reads", _) => "4k reads, 16 volumes of depth 8",
-                    (_, "sessions") => "4k writes, 16 sessions of depth 8",
-                    _ => "4k writes, 16 volumes of depth 8",
-                };
                 self.line(figure, By::Best, sums[AT_ONCE.len() - 1], "IOPS", Some(best), (0.9, 1.0));
                 let each: Vec<String> = AT_ONCE.iter().zip(&sums).map(|(n, sum)| format!("{n}: {sum:.0}")).collect();
                 self.note(format!("{kind}: {}", each.join(", ")));
@@ -92,9 +88,7 @@ impl Run<'_> {
             for name in ["randread32", "randwrite32"] {
                 say(&format!("round {number}: {name} on other volumes"));
                 for (target, portal, region) in &targets {
-                    let before = Reading::take(&pids);
-                    let mut round = self.load(portal, &shape(name), *region, Length::Time(options.time)).await?;
-                    round.processes(&before, &Reading::take(&pids));
+                    let round = self.watched(portal, &pids, &shape(name), *region).await?;
                     rounds.push((name.to_owned(), (*target).to_owned(), round.figures, round.counts.errors));
                 }
             }

@@ -304,6 +304,17 @@ impl World {
         self.limit_resync(1, None);
     }
 
+    /// Gateway 0 loses node 2, which leaves the set.
+    fn cut_off_node_2(&mut self) {
+        self.cut(Party::Gateway(0), Party::Node(2));
+        self.reset_link(0, 2);
+        self.until("node 2 has left", |w| w.in_sync() == [0, 1]);
+    }
+
+    fn somebody_joins(&self, gateway: usize) -> bool {
+        self.status(gateway).replicas.iter().any(|r| matches!(r.standing, Standing::Joining { .. }))
+    }
+
     /// A replica comes back while a write to a region that nobody has allocated is with the others, who have not got
     /// round to it; another region holds its join up.
     ///
@@ -315,9 +326,7 @@ impl World {
         self.write(1, 0, 300, 8, false);
         self.answered();
         // Its process goes on, and knows what it has allocated.
-        self.cut(Party::Gateway(0), Party::Node(2));
-        self.reset_link(0, 2);
-        self.until("node 2 has left", |w| w.in_sync() == [0, 1]);
+        self.cut_off_node_2();
         self.write(0, 0, 0, 8, false);
         self.write(1, 0, 300, 8, false);
         self.answered();
@@ -327,8 +336,7 @@ impl World {
         (0..2).for_each(|node| self.nodes[node].faults.slow = 5_000);
         self.write(0, 0, 600, 8, false);
         self.join_up(Party::Gateway(0), Party::Node(2));
-        let joins = |w: &mut Self| w.status(0).replicas.iter().any(|r| matches!(r.standing, Standing::Joining { .. }));
-        self.until("node 2 is attached", joins);
+        self.until("node 2 is attached", |w| w.somebody_joins(0));
         self.run_for(50 * MS);
         assert!(!self.client_is_idle(0), "the write is out");
         (0..2).for_each(|node| self.nodes[node].faults.slow = 0);
@@ -345,9 +353,7 @@ impl World {
         self.open();
         self.write(0, 0, 0, 64, false);
         self.answered();
-        self.cut(Party::Gateway(0), Party::Node(2));
-        self.reset_link(0, 2);
-        self.until("node 2 has left", |w| w.in_sync() == [0, 1]);
+        self.cut_off_node_2();
         self.write(0, 0, 0, 64, false);
         self.answered();
         self.nodes[2].faults.slow = 100;
@@ -395,8 +401,7 @@ impl World {
         self.until("it has decided", |w| w.takes_requests(1) && w.status(1).unsettled > 0);
         self.cut(Party::Gateway(1), Party::Control);
         self.reset_link(1, 2);
-        let joins = |w: &mut Self| w.status(1).replicas.iter().any(|r| matches!(r.standing, Standing::Joining { .. }));
-        self.until("node 2 is attached again", joins);
+        self.until("node 2 is attached again", |w| w.somebody_joins(1));
         assert_eq!(self.in_sync(), [0, 1, 2], "its removal is not committed");
         self.flush(1, 1);
         self.run_for(200 * MS);

@@ -370,34 +370,28 @@ impl World {
     }
 }
 
+/// The members of every set before and after.
+fn members<'a>(
+    before: &'a Truth,
+    after: &'a Truth,
+) -> impl Iterator<Item = (VolumeId, usize, &'a [ReplicaId], &'a [ReplicaId])> {
+    let both = after.volumes.iter().filter_map(|(id, new)| Some((*id, before.volumes.get(id)?, new)));
+    both.flat_map(|(id, old, new)| {
+        let sets = old.mirrors.iter().zip(&new.mirrors).enumerate();
+        sets.map(move |(i, (was, is))| (id, i, &was.in_sync.members[..], &is.in_sync.members[..]))
+    })
+}
+
 /// Who has come into a set that had others before, and still has.
 fn entered(before: &Truth, after: &Truth) -> Vec<(VolumeId, usize, ReplicaId)> {
-    let mut all = Vec::new();
-    for (id, new) in &after.volumes {
-        let Some(old) = before.volumes.get(id) else { continue };
-        for (i, (was, is)) in old.mirrors.iter().zip(&new.mirrors).enumerate() {
-            let (was, is) = (&was.in_sync.members, &is.in_sync.members);
-            if is.iter().any(|r| was.contains(r)) {
-                all.extend(is.iter().filter(|r| !was.contains(r)).map(|r| (*id, i, *r)));
-            }
-        }
-    }
-    all
+    let lasting = members(before, after).filter(|(_, _, was, is)| is.iter().any(|r| was.contains(r)));
+    lasting.flat_map(|(id, i, was, is)| is.iter().filter(|r| !was.contains(r)).map(move |r| (id, i, *r))).collect()
 }
 
 /// Sets that somebody has left, and that others stay in.
 fn shrunk(before: &Truth, after: &Truth) -> Vec<(VolumeId, usize)> {
-    let mut all = Vec::new();
-    for (id, new) in &after.volumes {
-        let Some(old) = before.volumes.get(id) else { continue };
-        for (i, (was, is)) in old.mirrors.iter().zip(&new.mirrors).enumerate() {
-            let (was, is) = (&was.in_sync.members, &is.in_sync.members);
-            if is.len() < was.len() && is.iter().all(|r| was.contains(r)) {
-                all.push((*id, i));
-            }
-        }
-    }
-    all
+    let fewer = |was: &[ReplicaId], is: &[ReplicaId]| is.len() < was.len() && is.iter().all(|r| was.contains(r));
+    members(before, after).filter(|(_, _, was, is)| fewer(was, is)).map(|(id, i, ..)| (id, i)).collect()
 }
 
 /// R1: epochs rise. R2: a set changes one version at a time, is never empty, and never leaves its definition.

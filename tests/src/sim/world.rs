@@ -28,8 +28,8 @@
 //!   of such a block can't be read at all and its region is dirty, the replica is taken for right as R7 says; nothing
 //!   is claimed of the block from there on.
 //! - Silent damage of metadata: its pages have sums against bits that flip, which are tried elsewhere (`replica`'s own
-//!   tests, a scenario), but a write of a dirty bit, a superblock or a map page that the disk says it has and drops leaves an
-//!   older page that is whole: R5, R1 and R10 rest on the disk's word there.
+//!   tests, a scenario), but a write of a dirty bit, a superblock or a map page that the disk says it has and drops
+//!   leaves an older page that is whole: R5, R1 and R10 rest on the disk's word there.
 //! - The return of a replica's old files, or their loss, while another replica is missing, and losses of the others
 //!   until it has been told: an old image can be known only beside a newer replica (R6).
 //! - Voters restored from an old image: a quorum of them has forgotten what it promised. R8 says what to do about the

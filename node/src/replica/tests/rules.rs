@@ -341,8 +341,9 @@ fn r10_a_bad_map_page_makes_regions_dirty_and_blocks_unverified_until_equalised(
     assert!(rig.bytes(512, 256).is_ok() && rig.bytes(0, 1).is_ok());
 }
 
-#[test]
-fn r8_what_became_suspect_after_a_session_has_looked_is_not_accounted_for_by_it() {
+/// A clean replica, attached anew: blocks 0 and 1 were written, and the page of its map that has them is bad, which it has
+/// yet to see.
+fn attached_to_a_bad_map_page() -> Rig {
     let mut rig = Rig::attached();
     rig.done(write(0, 2, 1));
     rig.flush(1);
@@ -352,6 +353,12 @@ fn r8_what_became_suspect_after_a_session_has_looked_is_not_accounted_for_by_it(
     rig.meta.durable[at + 100] ^= 1;
     rig.kill();
     rig.attach(2, 1);
+    rig
+}
+
+#[test]
+fn r8_what_became_suspect_after_a_session_has_looked_is_not_accounted_for_by_it() {
+    let mut rig = attached_to_a_bad_map_page();
     assert_eq!(rig.regions().1, 0, "what the session is told");
     assert_eq!(rig.bytes(0, 1), Err(Code::Checksum));
     let set = SetView { version: SetVersion(9), members: vec![ids().replica], clean: CleanNo(9) };
@@ -362,14 +369,7 @@ fn r8_what_became_suspect_after_a_session_has_looked_is_not_accounted_for_by_it(
 
 #[test]
 fn r6_what_was_found_suspect_is_not_cleaned_before_it_is_settled() {
-    let mut rig = Rig::attached();
-    rig.done(write(0, 2, 1));
-    rig.flush(1);
-    rig.clean(1, &[(0, 1)]);
-    let at = Layout::new(BLOCKS).map(0) as usize;
-    rig.meta.current[at + 100] ^= 1;
-    rig.kill();
-    rig.attach(2, 1);
+    let mut rig = attached_to_a_bad_map_page();
     // The page is looked at only now, and the owner knows nothing of what it finds.
     assert_eq!(rig.bytes(0, 1), Err(Code::Checksum));
     rig.flush(1);
