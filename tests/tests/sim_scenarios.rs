@@ -241,6 +241,30 @@ fn what_was_written_under_a_bad_map_page_is_not_replaced_by_what_those_that_left
 }
 
 #[test]
+fn what_a_bad_map_page_has_made_suspect_is_clean_again_in_the_same_session() {
+    scenario(|w| {
+        w.open();
+        fill(w, 700);
+        w.until("nothing is dirty", |w| w.is_in_order());
+        w.kill_node(2, false);
+        w.spoil_map(2, 0);
+        w.start_node(2);
+        w.until("c is back", |w| w.in_sync() == [0, 1, 2] && w.is_in_order());
+        let mut suspect = 0;
+        // Many at a time are spread over all replicas.
+        for (region, round) in [0, 256, 512].into_iter().flat_map(|region| (0..15).map(move |round| (region, round))) {
+            for client in 0..12 {
+                w.read(client, 0, region + round * 12 + client as u64, 1);
+            }
+            w.answered();
+            suspect = suspect.max(w.suspect(2));
+        }
+        assert_eq!(suspect, 3, "c was asked, and found its page bad");
+        w.until("nobody suspects anything", |w| w.suspect(2) == 0 && w.is_in_order());
+    });
+}
+
+#[test]
 fn nothing_is_clean_before_a_take_over_has_settled_it() {
     scenario(World::clean_while_it_settles);
 }

@@ -200,7 +200,7 @@ impl Mirror {
         let announced = std::mem::take(&mut self.dirty.announced);
         // Where nothing was announced, what is announced now is cleared next.
         self.clean_next = if announced.is_empty() { now } else { now + CLEAN_EVERY_MS };
-        let free = |region: &RegionIndex| !self.equalising.contains_key(region);
+        let free = |r: &RegionIndex| !self.equalising.contains_key(r) && !self.settling.has_to_tell(*r);
         let regions: Vec<_> = announced.into_iter().filter(|was| self.dirty.is_still(was) && free(&was.0)).collect();
         let announces: Vec<_> = (self.dirty.regions.iter())
             .filter(|(_, r)| r.covered_by <= common || mutant::is(Mutant::CleanAsBoolean))

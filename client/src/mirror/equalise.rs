@@ -100,6 +100,8 @@ pub(super) struct Equalise {
     hopeless: bool,
     /// Such a block is bad on a joining replica now, too.
     distrusted: bool,
+    /// Those that had a bad block.
+    had_bad: Mask,
 }
 
 /// What the mirror's background work has before it.
@@ -239,6 +241,7 @@ impl Mirror {
             failed: false,
             hopeless: false,
             distrusted: false,
+            had_bad: Mask::EMPTY,
         };
         assert!(self.equalising.insert(region, run).is_none(), "region {region} is being equalised already");
         let (first, count) = self.blocks_of(region);
@@ -546,6 +549,7 @@ impl Mirror {
         let mut restamps: BTreeMap<usize, Blocks> = BTreeMap::new();
         let mut copies: BTreeMap<(usize, usize), Blocks> = BTreeMap::new();
         let mut distrusts: BTreeMap<usize, Blocks> = BTreeMap::new();
+        let mut had_bad = Mask::EMPTY;
         let bases = self.base_ranks(region, &hashed);
         if bases.is_empty() && !run.compare_only {
             // The last member was lost meanwhile; of the others none says what is right.
@@ -563,6 +567,7 @@ impl Mirror {
                 comparison.differ.push(BlockIndex(first + i as u64));
             }
             for slot in hashed.iter().filter(|s| !hash(**s, i).intact) {
+                had_bad.insert(*slot);
                 comparison.bad.push((self.slots[*slot].def.replica, BlockIndex(first + i as u64)));
             }
             let held_by = |s: usize| bases.iter().filter(|(_, other)| !differs(s, *other)).count();
@@ -605,6 +610,7 @@ impl Mirror {
         }
         let run = self.equalising.get_mut(&region).expect("above");
         run.comparison = comparison;
+        run.had_bad = had_bad;
         run.restamps = restamps.into_iter().collect();
         run.copies = copies.into_iter().map(|((source, target), blocks)| (source, target, blocks)).collect();
         // A joining replica's block can't be made equal to one that no member can vouch for, and must not be served as
@@ -667,6 +673,7 @@ impl Mirror {
             if !run.compare_only && self.live_members().within(run.participants) {
                 // The members are as equal as they can be; a replica that joins is not, if a block is hopeless.
                 self.settling.equalised(region);
+                self.mended(region, run.had_bad & run.participants);
                 if run.hopeless {
                     *self.background.hopeless.entry(region).or_default() += 1;
                     self.background.retry_at.insert(region, now + RETRY_MS);

@@ -29,6 +29,9 @@ pub(super) struct Settling {
     equalised: RegionSet,
     /// A group of equalised regions and the flush after which they are served.
     flushing: Option<(RegionSet, FlushNo)>,
+    /// As these two, of regions where bad blocks were replaced, and which are served all along.
+    mended: RegionSet,
+    telling: Option<(RegionSet, FlushNo)>,
     /// Suspect on every reachable member, while others, [`Self::left_behind`], may know better.
     pub blocked: RegionSet,
     pub left_behind: Mask,
@@ -94,6 +97,11 @@ impl Settling {
     /// Whether a write failed there.
     pub fn is_broken(&self, region: RegionIndex) -> bool {
         self.broken.contains(region)
+    }
+
+    /// Whether a replica has yet to be told that bad blocks of its were replaced there.
+    pub fn has_to_tell(&self, region: RegionIndex) -> bool {
+        self.mended.contains(region) || self.telling.as_ref().is_some_and(|(group, _)| group.contains(region))
     }
 
     /// The region was equalised over all members.
@@ -336,6 +344,18 @@ impl Mirror {
             let no = self.want_flush();
             self.settling.flushing = Some((group, no));
         }
+        if let Some((_, no)) = &self.settling.telling
+            && self.flushed(*no, self.required())
+            && let Some((group, _)) = self.settling.telling.take()
+        {
+            for slot in self.live_members().iter() {
+                self.settle_suspects(now, slot, Some(&group), out);
+            }
+        }
+        if self.settling.telling.is_none() && !self.settling.mended.is_empty() {
+            let group = std::mem::take(&mut self.settling.mended);
+            self.settling.telling = Some((group, self.want_flush()));
+        }
         if self.settling.is_settled() && !self.settling.ended {
             self.settling.ended = true;
             self.replay.all_settled();
@@ -347,6 +367,25 @@ impl Mirror {
                 (attach.listed, attach.restarted) = (None, false);
             }
             self.recheck = true;
+        }
+    }
+
+    /// Bad blocks of a region were replaced on these. A bad page of a replica's map makes regions suspect whenever it is
+    /// found (R10), which nobody but the replica knows: once what was replaced is flushed it is told as if the region had
+    /// been listed, or it would keep it dirty for as long as the session lasts. Not where others are waited for: they may
+    /// know better, and a later session must wait for them, too (R8).
+    pub(super) fn mended(&mut self, region: RegionIndex, had_bad: Mask) {
+        if self.settling.blocked.contains(region) {
+            return;
+        }
+        for slot in had_bad.iter() {
+            if let Some(attach) = &mut self.slots[slot].attach {
+                attach.suspect.insert(region);
+            }
+        }
+        let served = !self.settling.equalised.contains(region);
+        if served && !(had_bad & self.members).is_empty() {
+            self.settling.mended.insert(region);
         }
     }
 

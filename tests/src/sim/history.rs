@@ -278,8 +278,8 @@ impl History {
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     value: Value,
-    /// The write was answered; otherwise it may come to pass at any time.
-    settled: bool,
+    /// When the write was answered; otherwise it may come to pass at any time.
+    done: Option<u64>,
 }
 
 /// A write and the reads that returned it.
@@ -318,7 +318,7 @@ struct Register<'a> {
 
 impl Register<'_> {
     fn check(&self) -> Result<(), String> {
-        let mut candidates = vec![Candidate { value: 0, settled: true }];
+        let mut candidates = vec![Candidate { value: 0, done: Some(0) }];
         let mut from = 0;
         let here = self.history.power_ons.iter().filter(|p| p.mirror == self.mirror);
         for (to, said) in here.map(|p| (p.at, p.said)).chain([(u64::MAX, u64::MAX)]) {
@@ -337,7 +337,7 @@ impl Register<'_> {
     fn check_piece(&self, from: u64, to: u64, said: u64, candidates: Vec<Candidate>) -> Result<Vec<Candidate>, String> {
         let records = &self.history.records;
         let mut clusters: Vec<Cluster> =
-            candidates.iter().map(|c| Cluster::new(c.value, from, c.settled.then_some(from))).collect();
+            candidates.iter().map(|c| Cluster::new(c.value, from, c.done.map(|_| from))).collect();
         let old = clusters.len();
         let mut durable: Vec<u64> = Vec::new();
         let done_at = |r: &Record| r.told_at.filter(|_| r.told == Told::Done);
@@ -355,7 +355,8 @@ impl Register<'_> {
                 let counts = |told: u64| told < to && (told < said || ended >= said);
                 let flushed = |f: &&&Record| ended < f.at && f.told_at.is_some_and(counts);
                 if r.durable || self.flushes.iter().any(|f| flushed(&f)) {
-                    durable.push(begun);
+                    // Where it began before the piece it may be older than what was there then.
+                    durable.push(r.at);
                 }
             }
             clusters.push(Cluster::new(self.writes_value(i), begun, ended));
@@ -398,15 +399,12 @@ impl Register<'_> {
         }
         self.check_zones(&clusters)?;
         let established = from > 0 && clusters[..old].iter().any(|c| c.was_read);
+        let done = |i: usize, c: &Cluster| if i < old { candidates[i].done } else { c.ended };
         let next = clusters.iter().enumerate().filter(|(i, c)| {
-            let replaced = |ended: u64| durable.iter().any(|d| ended < *d);
-            match c.ended {
-                Some(_) if *i < old => durable.is_empty() && (!established || c.was_read),
-                Some(ended) => !replaced(ended),
-                None => *i >= old || !established || c.was_read,
-            }
+            let replaced = done(*i, c).is_some_and(|done| durable.iter().any(|d| done < *d));
+            !replaced && (*i >= old || !established || c.was_read)
         });
-        Ok(next.map(|(_, c)| Candidate { value: c.value, settled: c.ended.is_some() }).collect())
+        Ok(next.map(|(i, c)| Candidate { value: c.value, done: done(i, c) }).collect())
     }
 
     /// Whether a read that was asked for at `asked`, before the loss at `loss`, may have seen this value before that.
@@ -575,6 +573,23 @@ mod tests {
         assert!(s.holds());
         s.0.tell(wrong, Told::Done, vec![a]);
         assert!(!s.holds(), "it was replaced before the read was asked for");
+    }
+
+    #[test]
+    fn a_durable_write_under_way_at_a_loss_may_be_older_than_what_was_there_then() {
+        for begun_before in [true, false] {
+            let mut s = Story::new();
+            let durable = |s: &mut Story| s.0.ask(Asked::Write, 0, 1, true);
+            let early = if begun_before { durable(&mut s) } else { 0 };
+            let b = s.wrote();
+            s.power_on();
+            s.read(b);
+            let a = if begun_before { early } else { durable(&mut s) };
+            s.done(a);
+            s.power_on();
+            s.read(b);
+            assert_eq!(s.holds(), begun_before);
+        }
     }
 
     #[test]

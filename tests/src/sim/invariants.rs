@@ -20,6 +20,7 @@ use std::ops::Range;
 use node::replica::FileKind;
 use node::replica::layout::{BITMAP_BITS, Layout, MAP_BLOCKS, PageKind, decode_bitmap, decode_map};
 use node::replica::superblock::Superblock;
+use proto::frame::block_sum;
 use proto::id::{AttachId, Epoch, ReplicaId, VolumeId};
 use proto::limits::{MAX_ATTACH_IN_FLIGHT, REGION_BLOCKS};
 
@@ -96,6 +97,17 @@ fn durable_block(r: &Replica, block: u64) -> Result<Option<&[u8]>, Unreadable> {
     }
     let content = r.disk.data.durable(block).as_ref().filter(|_| map.is_allocated(at));
     Ok(content.filter(|bytes| bytes.iter().any(|b| *b != 0)).map(|bytes| &bytes[..]))
+}
+
+/// Whether the medium has a block, and as its sum there says.
+pub fn has_its_sum(r: &Replica, block: u64) -> bool {
+    let index = block / MAP_BLOCKS;
+    let map = map_page(r, index).as_ref().and_then(|page| decode_map(page, index, r.id));
+    let sum = map.and_then(|map| {
+        let at = (block % MAP_BLOCKS) as usize;
+        (map.is_allocated(at) && !map.is_unverified(at)).then(|| map.sums[at])
+    });
+    sum.is_some_and(|sum| r.disk.data.durable(block).as_ref().is_some_and(|bytes| block_sum(bytes) == sum))
 }
 
 /// A map page on the medium, if its presence bit says that there is one: a power cut may leave a page without it.

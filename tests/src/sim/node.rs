@@ -503,6 +503,7 @@ impl World {
                     self.replicas[replica].is_open = true;
                     self.log(|| format!("replica {replica} open: {report:?}"));
                     self.disk_moved(replica);
+                    self.replica_opened(replica);
                     let process = self.nodes[node].process;
                     self.after(MS, Event::Agent { node, process });
                 }

@@ -133,6 +133,12 @@ impl World {
         self.distrust(replica, blocks);
     }
 
+    /// How many regions of a node's replica are suspect.
+    pub fn suspect(&self, node: usize) -> u64 {
+        let mut cores = self.replicas_of(node).into_iter().filter_map(|r| self.replicas[r].core.as_ref());
+        cores.next().map_or(0, |core| core.dirty_regions().1)
+    }
+
     /// Gateway 1 takes over from gateway 0, and reaches node 0 alone, which has lost its cache.
     fn reach_one_that_has_restarted(&mut self, while_down: impl FnOnce(&mut Self)) {
         self.write(0, 0, 10, 8, false);
@@ -171,14 +177,11 @@ impl World {
         self.until("it has decided", |w| w.takes_requests(1) && w.status(1).unsettled > 0);
         self.cut(Party::Control, Party::Gateway(1));
         self.write(0, 1, block, 4, false);
-        let suspect = |w: &Self| {
-            w.replicas_of(0).into_iter().find_map(|r| w.replicas[r].core.as_ref()).map(|c| c.dirty_regions().1)
-        };
-        self.until("the page is known to be bad", |w| suspect(w) == Some(4));
+        self.until("the page is known to be bad", |w| w.suspect(0) == 4);
         assert!(!self.client_is_idle(0), "nothing is acknowledged before those who left are known to have left");
         self.join_up(Party::Control, Party::Gateway(1));
         self.answered();
-        assert_eq!((self.in_sync(), suspect(self)), (vec![0], Some(4)));
+        assert_eq!((self.in_sync(), self.suspect(0)), (vec![0], 4));
     }
 
     /// Node 0 is attached anew, without a restart: by the session of gateway 1, or by one of gateway 0. Returns whose it

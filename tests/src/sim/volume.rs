@@ -14,6 +14,7 @@ use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 use super::checker::Checker;
 use super::disk::PAGE;
 use super::history::{BLOCK_SECTORS, History};
+use super::invariants::has_its_sum;
 use super::net::Party;
 use super::world::World;
 
@@ -319,6 +320,19 @@ impl World {
         self.replicas[replica].disk.rotten = true;
         let volume = self.replicas[replica].volume;
         self.volume_mut(volume).rot.insert((replica, block));
+    }
+
+    /// A replica was opened. Where its disk had dropped what a killed process was about to flush, the sums are as old as
+    /// what is left: the block looks like that of a replica which never got the write, and is as good as another's.
+    pub(super) fn replica_opened(&mut self, replica: usize) {
+        let r = &self.replicas[replica];
+        let Some(known) = self.volumes.iter_mut().find(|v| v.id == r.volume) else { return };
+        let spoiled = known.rot.range((replica, 0)..(replica + 1, 0)).map(|(_, block)| *block);
+        for block in spoiled.filter(|block| has_its_sum(r, *block)).collect::<Vec<_>>() {
+            if let Some(block) = known.block_of(r.mirror, block) {
+                known.history.give_up_block(block);
+            }
+        }
     }
 
     /// Where no replica had a block as it was written, one of them was taken for right (R7). Where a disk had spoiled

@@ -26,7 +26,8 @@
 //! - Silent damage (flips, lost and misdirected writes) on two copies of a block at once: with sums that fail
 //!   everywhere nobody knows what was there. So it is one node's disks, the same for a whole run. Where other copies
 //!   of such a block can't be read at all and its region is dirty, the replica is taken for right as R7 says; nothing
-//!   is claimed of the block from there on.
+//!   is claimed of the block from there on. Nor where such a disk drops a write whose sum a killed process had not
+//!   written yet: what is left matches its sum, as a replica's does that never got the write.
 //! - Silent damage of metadata: its pages have sums against bits that flip, which are tried elsewhere (`replica`'s own
 //!   tests, a scenario), but a write of a dirty bit, a superblock or a map page that the disk says it has and drops
 //!   leaves an older page that is whole: R5, R1 and R10 rest on the disk's word there.
