@@ -88,6 +88,7 @@ mutants! {
     SumsUnchecked: "R10", "replica/io, mirror/foreground", "nobody compares what was read with its sums";
     AllocatedAhead: "R10", "replica/flush", "an allocation goes to the disk along with its data";
     DistrustedTaken: "R10", "replica/repair", "a block that was taken over as bad may be taken for right";
+    TornMapIsAllBad: "R10", "replica/layout", "a page of the map that is bad in part is bad as a whole";
     BadMapReadsAsZeroes: "R10", "replica/map", "blocks under a bad page of the map read as zeroes";
     FirstBadCopyIsAll: "R10", "mirror/foreground", "a block that is bad on one member is an error, whatever the others have";
     LogNeverCut: "R11", "raft/core", "the log is never cut";

@@ -241,6 +241,13 @@ fn what_was_written_under_a_bad_map_page_is_not_replaced_by_what_those_that_left
 }
 
 #[test]
+fn what_was_flushed_survives_a_power_cut_that_tears_its_map_page_everywhere() {
+    for seed in 0..100 {
+        scenario_of(seed, World::tear_the_map_page_of_what_is_clean);
+    }
+}
+
+#[test]
 fn what_a_bad_map_page_has_made_suspect_is_clean_again_in_the_same_session() {
     scenario(|w| {
         w.open();

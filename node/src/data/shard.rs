@@ -755,8 +755,8 @@ fn log(spec: &ReplicaSpec, notice: Notice) {
     match notice {
         Notice::Attached(attach) => tracing::info!(%volume, %replica, %attach, "attached"),
         Notice::AttachEnded { attach, why } => tracing::info!(%volume, %replica, %attach, ?why, "attach ended"),
-        Notice::BadMapPage { first_region } => {
-            tracing::warn!(%volume, %replica, first_region, "bad page of the block map: regions are dirty and suspect");
+        Notice::BadMap { region } => {
+            tracing::warn!(%volume, %replica, %region, "the block map is bad: the region is dirty and suspect");
         }
         Notice::ChecksumMismatch { block } => {
             tracing::warn!(%volume, %replica, %block, "a block does not match its checksum");

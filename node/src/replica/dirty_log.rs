@@ -256,11 +256,11 @@ impl ReplicaCore {
         }
     }
 
-    /// The regions of a damaged map page are dirty and suspect (R10).
-    pub(super) fn distrust(&mut self, first: u64, end: u64) {
-        self.attach.accounted = false;
-        self.attach.distrusted |= self.attach.current.is_some();
-        for region in first..end {
+    /// Regions whose part of a map page is damaged are dirty and suspect (R10).
+    pub(super) fn distrust(&mut self, regions: impl Iterator<Item = u64>) {
+        for region in regions {
+            self.attach.accounted = false;
+            self.attach.distrusted |= self.attach.current.is_some();
             self.regions.dirty.set(region);
             self.regions.suspect.set(region);
             if !self.regions.durable.get(region) {

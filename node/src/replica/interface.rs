@@ -4,7 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use proto::frame::{Code, CopyTarget, Reply, Request};
-use proto::id::{AttachId, BlockIndex, ClusterId, Epoch, Incarnation, MirrorId, ReplicaId, VolumeId};
+use proto::id::{AttachId, BlockIndex, ClusterId, Epoch, Incarnation, MirrorId, RegionIndex, ReplicaId, VolumeId};
 
 /// One connection of the replica protocol, numbered by the driver; a number is never used twice in a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -246,9 +246,9 @@ pub enum Notice {
     Attached(AttachId),
     /// An attach has ended; its I/O may still be draining.
     AttachEnded { attach: AttachId, why: AttachEnd },
-    /// A page of the block map failed its checksum, or is missing: its three regions, from `first_region`, are
-    /// dirty and suspect, their blocks unverified (R10).
-    BadMapPage { first_region: u32 },
+    /// A region's part of the block map failed its checksum, or is missing: the region is dirty and suspect, its blocks
+    /// unverified (R10).
+    BadMap { region: RegionIndex },
     /// A block's bytes do not match its sum (R10).
     ChecksumMismatch { block: BlockIndex },
     /// The disk could not read from this block on.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  0  magic "m9pg"
-//!  4  CRC-32 of bytes 8..4096
+//!  4  CRC-32 of bytes 8..4096; of a map page, of bytes 8..512
 //!  8  kind      u8   1 dirty bitmap, 2 presence bitmap, 3 block map, 4 allocation journal
 //!  9  zero      7 bytes
 //! 16  index     u64  of the page among those of its kind
@@ -10,14 +10,20 @@
 //! 32  replica   16 bytes
 //! 48  zero      16 bytes
 //! 64  bitmap:   4032 bytes, bit 0 of byte 0 first
-//!     map:      3 × (256 sums u32, 256 allocation bits, 256 bits "unverified"), then zeroes
+//!     map:      3 × (256 allocation bits, 256 bits "unverified"), 3 × CRC-32 of a region's sums, zeroes up to 512,
+//!               3 × 256 sums u32, then zeroes
 //!     journal:  era 16 bytes, page number u64, oldest page that counts u64, number of records u32, whole u32,
 //!               then records: first block u64, count u32; then zeroes
 //! ```
+//!
+//! Of a map page a write that power cuts short leaves some sectors of 512 bytes as they were. What it changes are sums of
+//! dirty regions, and the first sector, which is whole: another region of the page, clean and flushed, has the same bytes
+//! before and after, and is as good as before.
 
 use bytes::{BufMut, BytesMut};
 use proto::id::ReplicaId;
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
+use proto::mutant::{self, Mutant};
 
 /// Bytes in a page of the meta file.
 pub const PAGE: u64 = 4096;
@@ -30,7 +36,7 @@ pub const MAP_REGIONS: u64 = 3;
 /// Blocks that one map page describes.
 pub const MAP_BLOCKS: u64 = MAP_REGIONS * REGION_BLOCKS;
 /// The version of all this, in the superblock.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 /// Pages of the allocation journal that may hold records that count, each in two versions.
 pub const JOURNAL_PAGES: u64 = 8;
 /// Pages of the meta file that the allocation journal takes.
@@ -45,9 +51,15 @@ const HEADER: usize = 64;
 const JOURNAL_HEADER: usize = 40;
 const JOURNAL_RECORD_BYTES: usize = 12;
 const MAGIC: [u8; 4] = *b"m9pg";
-const MAP_REGION_BYTES: usize = REGION_BLOCKS as usize * 4 + 32 + 32;
+/// Bytes that a disk writes whole or not at all.
+const SECTOR: usize = 512;
+const MAP_BITS_BYTES: usize = 2 * REGION_BLOCKS as usize / 8;
+const MAP_SUMS_BYTES: usize = REGION_BLOCKS as usize * 4;
+/// Where the sums' checksums are in a map page.
+const MAP_CRCS: usize = HEADER + MAP_REGIONS as usize * MAP_BITS_BYTES;
 
-const _: () = assert!(HEADER + MAP_REGIONS as usize * MAP_REGION_BYTES <= PAGE as usize);
+const _: () = assert!(MAP_CRCS + MAP_REGIONS as usize * 4 <= SECTOR && MAP_SUMS_BYTES.is_multiple_of(SECTOR));
+const _: () = assert!(SECTOR + MAP_REGIONS as usize * MAP_SUMS_BYTES <= PAGE as usize);
 const _: () = assert!(PAGE == BLOCK_SIZE);
 
 /// What a page holds.
@@ -196,23 +208,60 @@ pub fn encode_bitmap(
 
 /// Appends a map page.
 pub fn encode_map(out: &mut BytesMut, index: u64, replica: ReplicaId, map: &MapPage) {
-    encode(out, PageKind::Map, index, replica, |out| {
-        for (r, region) in out.chunks_exact_mut(MAP_REGION_BYTES).take(MAP_REGIONS as usize).enumerate() {
-            let (sums, bits) = region.split_at_mut(REGION_BLOCKS as usize * 4);
-            for (to, from) in sums.as_chunks_mut::<4>().0.iter_mut().zip(&map.sums[r * 256..]) {
+    let start = out.len();
+    header(out, PageKind::Map, index, replica);
+    out.put_bytes(0, PAGE as usize - HEADER);
+    let page = &mut out[start..];
+    for (r, sums) in page[SECTOR..].chunks_exact_mut(MAP_SUMS_BYTES).take(MAP_REGIONS as usize).enumerate() {
+        for (to, from) in sums.as_chunks_mut::<4>().0.iter_mut().zip(&map.sums[r * REGION_BLOCKS as usize..]) {
+            *to = from.to_le_bytes();
+        }
+    }
+    for r in 0..MAP_REGIONS as usize {
+        let (allocated, unverified) = page[bits_of(r)].split_at_mut(MAP_BITS_BYTES / 2);
+        for (bits, words) in [(allocated, &map.allocated), (unverified, &map.unverified)] {
+            for (to, from) in bits.as_chunks_mut::<8>().0.iter_mut().zip(&words[r * 4..]) {
                 *to = from.to_le_bytes();
             }
-            let words = bits.as_chunks_mut::<8>().0;
-            for i in 0..4 {
-                words[i] = map.allocated[r * 4 + i].to_le_bytes();
-                words[4 + i] = map.unverified[r * 4 + i].to_le_bytes();
-            }
         }
-    });
+        let crc = crc32fast::hash(&page[sums_of(r)]);
+        page[crc_of(r)].copy_from_slice(&crc.to_le_bytes());
+    }
+    sign(page, SECTOR);
+}
+
+/// Makes a region of a map page bad, as it was when the page was read.
+pub(super) fn keep_bad(page: &mut [u8], region: usize) {
+    let crc = !crc32fast::hash(&page[sums_of(region)]);
+    page[crc_of(region)].copy_from_slice(&crc.to_le_bytes());
+    sign(page, SECTOR);
+}
+
+fn bits_of(region: usize) -> std::ops::Range<usize> {
+    let at = HEADER + region * MAP_BITS_BYTES;
+    at..at + MAP_BITS_BYTES
+}
+
+fn crc_of(region: usize) -> std::ops::Range<usize> {
+    let at = MAP_CRCS + region * 4;
+    at..at + 4
+}
+
+fn sums_of(region: usize) -> std::ops::Range<usize> {
+    let at = SECTOR + region * MAP_SUMS_BYTES;
+    at..at + MAP_SUMS_BYTES
 }
 
 /// Appends a page, whose payload is zeroes before it is filled.
 fn encode(out: &mut BytesMut, kind: PageKind, index: u64, replica: ReplicaId, payload: impl FnOnce(&mut [u8])) {
+    let start = out.len();
+    header(out, kind, index, replica);
+    out.put_bytes(0, PAGE as usize - HEADER);
+    payload(&mut out[start + HEADER..]);
+    sign(&mut out[start..], PAGE as usize);
+}
+
+fn header(out: &mut BytesMut, kind: PageKind, index: u64, replica: ReplicaId) {
     let start = out.len();
     out.reserve(PAGE as usize);
     out.put_slice(&MAGIC);
@@ -224,21 +273,28 @@ fn encode(out: &mut BytesMut, kind: PageKind, index: u64, replica: ReplicaId, pa
     out.put_slice(&replica.to_bytes());
     out.put_bytes(0, 16);
     assert_eq!(out.len() - start, HEADER);
-    out.put_bytes(0, PAGE as usize - HEADER);
-    payload(&mut out[start + HEADER..]);
-    let crc = crc32fast::hash(&out[start + 8..]);
-    out[start + 4..start + 8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The checksum of what is before `end`.
+fn sign(page: &mut [u8], end: usize) {
+    let crc = crc32fast::hash(&page[8..end]);
+    page[4..8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Whether a page is the right one, and intact as far as its checksum goes.
+fn is_intact(page: &[u8], kind: PageKind, index: u64, replica: ReplicaId) -> bool {
+    let end = if kind == PageKind::Map { SECTOR } else { PAGE as usize };
+    page.len() == PAGE as usize
+        && page[0..4] == MAGIC
+        && page[4..8] == crc32fast::hash(&page[8..end]).to_le_bytes()
+        && page[8] == kind as u8
+        && page[16..24] == index.to_le_bytes()
+        && page[32..48] == replica.to_bytes()
 }
 
 /// The payload of a page, if it is the right one and intact.
 fn payload(page: &[u8], kind: PageKind, index: u64, replica: ReplicaId) -> Option<&[u8]> {
-    let intact = page.len() == PAGE as usize
-        && page[0..4] == MAGIC
-        && page[4..8] == crc32fast::hash(&page[8..]).to_le_bytes()
-        && page[8] == kind as u8
-        && page[16..24] == index.to_le_bytes()
-        && page[32..48] == replica.to_bytes();
-    intact.then(|| &page[HEADER..])
+    is_intact(page, kind, index, replica).then(|| &page[HEADER..])
 }
 
 /// The words of a bitmap page; `None`: it is bad.
@@ -252,22 +308,32 @@ pub fn decode_bitmap(
     Some(payload.as_chunks::<8>().0.iter().map(|b| u64::from_le_bytes(*b)))
 }
 
-/// A map page; `None`: it is bad.
-pub fn decode_map(page: &[u8], index: u64, replica: ReplicaId) -> Option<Box<MapPage>> {
-    let payload = payload(page, PageKind::Map, index, replica)?;
-    let mut map = MapPage::empty();
-    for (r, bytes) in payload.chunks_exact(MAP_REGION_BYTES).take(MAP_REGIONS as usize).enumerate() {
-        let (sums, bits) = bytes.split_at(REGION_BLOCKS as usize * 4);
-        for (to, from) in map.sums[r * 256..].iter_mut().zip(sums.as_chunks::<4>().0) {
+/// A map page, and which of its regions are bad: their blocks are unverified.
+pub fn decode_map(page: &[u8], index: u64, replica: ReplicaId) -> (Box<MapPage>, [bool; MAP_REGIONS as usize]) {
+    let mut map = MapPage::unverified();
+    let mut bad = [true; _];
+    if !is_intact(page, PageKind::Map, index, replica) {
+        return (map, bad);
+    }
+    for (r, bad) in bad.iter_mut().enumerate() {
+        let sums = &page[sums_of(r)];
+        *bad = page[crc_of(r)] != crc32fast::hash(sums).to_le_bytes();
+        if *bad {
+            continue;
+        }
+        for (to, from) in map.sums[r * REGION_BLOCKS as usize..].iter_mut().zip(sums.as_chunks::<4>().0) {
             *to = u32::from_le_bytes(*from);
         }
-        let words = bits.as_chunks::<8>().0;
+        let words = page[bits_of(r)].as_chunks::<8>().0;
         for i in 0..4 {
             map.allocated[r * 4 + i] = u64::from_le_bytes(words[i]);
             map.unverified[r * 4 + i] = u64::from_le_bytes(words[4 + i]);
         }
     }
-    Some(map)
+    if mutant::is(Mutant::TornMapIsAllBad) && bad.contains(&true) {
+        return (MapPage::unverified(), [true; _]);
+    }
+    (map, bad)
 }
 
 /// A page of the allocation journal.

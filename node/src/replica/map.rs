@@ -20,7 +20,7 @@ use std::collections::BTreeSet;
 
 use bytes::{Bytes, BytesMut};
 use proto::frame::Code;
-use proto::id::BlockIndex;
+use proto::id::{BlockIndex, RegionIndex};
 use proto::limits::{BLOCK_SIZE, REGION_BLOCKS};
 use proto::mutant::{self, Mutant};
 
@@ -84,8 +84,8 @@ struct Slot {
 enum SlotState {
     Absent,
     Loading,
-    /// Bad; its regions are being marked.
-    Marking,
+    /// Bad as far as these regions go, which are being marked.
+    Marking(Box<MapPage>, Vec<u64>),
     /// Unallocated blocks are being punched; so many punches have not ended.
     Sweeping(Box<MapPage>, u32),
     Ready(Box<MapPage>),
@@ -313,22 +313,25 @@ impl ReplicaCore {
     }
 
     pub(super) fn map_loaded(&mut self, page: u64, result: Result<DiskData, DiskError>, out: &mut Vec<Output>) {
-        let loaded = match result {
-            Ok(DiskData::Read(bytes)) => layout::decode_map(&bytes, page, self.config.ids.replica),
-            _ => None,
+        let bytes = match &result {
+            Ok(DiskData::Read(bytes)) => bytes.as_slice(),
+            _ => &[],
         };
-        let slot = self.map.slot(page).expect("a page that loads has its slot");
-        if let Some(map) = loaded {
+        let (map, bad) = layout::decode_map(bytes, page, self.config.ids.replica);
+        let bad: Vec<u64> =
+            (page * MAP_REGIONS..self.layout.regions).zip(bad).filter_map(|(r, bad)| bad.then_some(r)).collect();
+        if bad.is_empty() {
             return self.sweep(page, map, out);
         }
         // Lost, torn or rotten: the blocks are unverified, never zeroes, and before anybody acts on that, or the
         // page is written again, its regions are durably dirty (R10).
-        slot.state = SlotState::Marking;
-        let first = page * MAP_REGIONS;
-        let end = (first + MAP_REGIONS).min(self.layout.regions);
-        out.push(Output::Notice(Notice::BadMapPage { first_region: first as u32 }));
-        self.distrust(first, end);
-        if self.may_change_or_wait(first..end, false, Waiter::Page(page)) {
+        for region in &bad {
+            out.push(Output::Notice(Notice::BadMap { region: RegionIndex(*region as u32) }));
+        }
+        self.distrust(bad.iter().copied());
+        let regions = bad.clone();
+        self.map.slot(page).expect("a page that loads has its slot").state = SlotState::Marking(map, bad);
+        if self.may_change_or_wait(regions.into_iter(), false, Waiter::Page(page)) {
             self.bad_page_marked(page, out);
         }
     }
@@ -351,7 +354,7 @@ impl ReplicaCore {
         let slot = self.map.slot(page).expect("a page that loads has its slot");
         if pieces.is_empty() {
             slot.state = SlotState::Ready(map);
-            return self.wake_page(page);
+            return self.page_ready(page);
         }
         slot.state = SlotState::Sweeping(map, pieces.len() as u32);
         for (at, count) in pieces {
@@ -380,23 +383,27 @@ impl ReplicaCore {
                 unreachable!("seen above")
             };
             slot.state = SlotState::Ready(map);
-            // Not before: a flush would write a page that is not ready.
-            if slot.modified {
-                self.map.modified.insert(page);
-            }
-            self.wake_page(page);
+            self.page_ready(page);
         }
     }
 
+    /// A page that was changed before it was ready counts as modified from here on: a flush would write it.
+    fn page_ready(&mut self, page: u64) {
+        if self.map.slot(page).is_some_and(|slot| slot.modified) {
+            self.map.modified.insert(page);
+        }
+        self.wake_page(page);
+    }
+
     pub(super) fn bad_page_marked(&mut self, page: u64, out: &mut Vec<Output>) {
-        let first = page * MAP_REGIONS;
-        let end = (first + MAP_REGIONS).min(self.layout.regions);
-        if (first..end).all(|region| self.regions.durable.get(region)) {
-            let slot = self.map.slot(page).expect("a page that is marked has its slot");
-            let zeroes = mutant::is(Mutant::BadMapReadsAsZeroes);
-            slot.state = SlotState::Ready(if zeroes { MapPage::empty() } else { MapPage::unverified() });
-            self.map.modify(page);
-            return self.wake_page(page);
+        let slot = self.map.slot(page).expect("a page that is marked has its slot");
+        let SlotState::Marking(map, bad) = std::mem::replace(&mut slot.state, SlotState::Absent) else {
+            panic!("map page {page} is marked without being bad")
+        };
+        if bad.iter().all(|region| self.regions.durable.get(*region)) {
+            slot.modified = true;
+            let map = if mutant::is(Mutant::BadMapReadsAsZeroes) { MapPage::empty() } else { map };
+            return self.sweep(page, map, out);
         }
         // No space for the dirty bits. The page stays bad on the disk and is found again.
         for id in self.map.remove(page) {

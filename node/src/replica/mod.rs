@@ -44,8 +44,10 @@
 //! - a torn dirty page: all its regions are dirty (R5);
 //! - a torn presence page: every map page under it is looked at when the replica is opened; one that is neither
 //!   good nor provably never written is a bad page;
-//! - a torn or lost map page: its three regions become dirty and suspect before anybody sees the page, their blocks
-//!   unverified: reads of them are answered with `Checksum` until they are written, copied to or restamped;
+//! - a torn map page: regions that the write changed are bad, those beside them are as they were (`layout`);
+//! - a bad region of a map page, or a lost page: the region, or all three, become dirty and suspect before anybody sees
+//!   the page, their blocks unverified: reads of them are answered with `Checksum` until they are written, copied to or
+//!   restamped;
 //! - data without its sum, or a sum without its data: a mismatch inside a dirty region, for equalising to settle;
 //! - an allocation without its data: never, map pages that allocate are written after the data is durable;
 //! - data without its allocation, or a punch that is lost: bytes in a block that reads as zeroes. They are freed

@@ -383,10 +383,9 @@ impl ReplicaCore {
             _ => vec![0; (count * PAGE) as usize],
         };
         for (page, bytes) in (first..first + count).zip(bytes.chunks_exact(PAGE as usize)) {
-            if layout::decode_map(bytes, page, self.config.ids.replica).is_none() {
-                let first = page * MAP_REGIONS;
-                self.distrust(first, (first + MAP_REGIONS).min(self.layout.regions));
-            }
+            let (_, bad) = layout::decode_map(bytes, page, self.config.ids.replica);
+            let bad = (page * MAP_REGIONS..self.layout.regions).zip(bad).filter(|(_, bad)| *bad);
+            self.distrust(bad.map(|(region, _)| region));
         }
     }
 
@@ -462,7 +461,7 @@ impl ReplicaCore {
     }
 
     /// A map page under which the journal names blocks has been read, or written. Blocks that it has for unallocated
-    /// become unverified; their data is durable. A bad page is found again when it is used.
+    /// become unverified; their data is durable. What is bad of the page is found again when it is used.
     fn mark_journaled(
         &mut self,
         index: u32,
@@ -473,23 +472,23 @@ impl ReplicaCore {
         match result {
             Ok(DiskData::Read(bytes)) => {
                 let (page, named) = self.opening().named[index as usize].clone();
-                if let Some(mut map) = layout::decode_map(&bytes, page, replica) {
-                    let mut marked = 0;
-                    for at in named.into_iter().flat_map(|(from, to)| from..to).map(|b| (b % MAP_BLOCKS) as usize) {
-                        if !map.is_allocated(at) && !map.is_unverified(at) {
-                            map.distrust(at);
-                            marked += 1;
-                        }
+                let (mut map, bad) = layout::decode_map(&bytes, page, replica);
+                let mut marked = 0;
+                for at in named.into_iter().flat_map(|(from, to)| from..to).map(|b| (b % MAP_BLOCKS) as usize) {
+                    if !map.is_allocated(at) && !map.is_unverified(at) {
+                        map.distrust(at);
+                        marked += 1;
                     }
-                    if marked > 0 {
-                        let mut bytes = BytesMut::with_capacity(PAGE as usize);
-                        layout::encode_map(&mut bytes, page, replica, &map);
-                        self.opening().report.journal_blocks += marked;
-                        self.opening().ios += 1;
-                        let offset = self.layout.map(page);
-                        let write = DiskIo::Write { file: FileKind::Meta, offset, bytes: bytes.freeze() };
-                        self.disk(Io::Open(index), write, out);
-                    }
+                }
+                if marked > 0 {
+                    let mut bytes = BytesMut::with_capacity(PAGE as usize);
+                    layout::encode_map(&mut bytes, page, replica, &map);
+                    (0..bad.len()).filter(|r| bad[*r]).for_each(|r| layout::keep_bad(&mut bytes, r));
+                    self.opening().report.journal_blocks += marked;
+                    self.opening().ios += 1;
+                    let offset = self.layout.map(page);
+                    let write = DiskIo::Write { file: FileKind::Meta, offset, bytes: bytes.freeze() };
+                    self.disk(Io::Open(index), write, out);
                 }
             }
             Ok(DiskData::None) => {}

@@ -11,7 +11,7 @@ use super::rng::Rng;
 /// Bytes in a page: what a file keeps together.
 pub const PAGE: u64 = 4096;
 /// Bytes that a disk writes in one piece.
-const SECTOR: usize = 512;
+pub const SECTOR: usize = 512;
 
 /// A page's bytes; `None`: zeroes, as in a hole.
 pub type Content = Option<Bytes>;
@@ -192,10 +192,10 @@ impl SimFile {
         }
     }
 
-    /// Flips a bit at rest; false where there is nothing but zeroes.
-    pub fn flip(&mut self, page: u64, rng: &mut Rng) -> bool {
+    /// Flips a bit at rest, of the first so many bytes of a page; false where there is nothing but zeroes.
+    pub fn flip(&mut self, page: u64, bytes: usize, rng: &mut Rng) -> bool {
         let page = &mut self.pages[page as usize];
-        let at = rng.below(PAGE) as usize;
+        let at = rng.below(bytes as u64) as usize;
         let bit = 1 << rng.below(8);
         let flipped = |content: &Content| {
             content.as_ref().map(|bytes| {

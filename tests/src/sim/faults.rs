@@ -3,7 +3,7 @@
 use client::mirror::Standing;
 use proto::cluster::SessionState;
 
-use super::disk::DiskFaults;
+use super::disk::{DiskFaults, PAGE};
 use super::net::Party;
 use super::world::{Event, MS, SECOND, World};
 
@@ -460,7 +460,7 @@ impl World {
 
     /// A bit of a block at rest flips; whether there was one.
     pub fn flip_bit(&mut self, replica: usize, page: u64) -> bool {
-        let flipped = self.replicas[replica].disk.data.flip(page, &mut self.rng);
+        let flipped = self.replicas[replica].disk.data.flip(page, PAGE as usize, &mut self.rng);
         if flipped {
             self.counters.spoiled += 1;
             self.spoiled(replica, page);

@@ -90,8 +90,11 @@ enum Unreadable {
 fn durable_block(r: &Replica, block: u64) -> Result<Option<&[u8]>, Unreadable> {
     let index = block / MAP_BLOCKS;
     let Some(page) = map_page(r, index) else { return Ok(None) };
-    let map = decode_map(page, index, r.id).ok_or(Unreadable::Page)?;
+    let (map, bad) = decode_map(page, index, r.id);
     let at = (block % MAP_BLOCKS) as usize;
+    if bad[at / REGION_BLOCKS as usize] {
+        return Err(Unreadable::Page);
+    }
     if map.is_unverified(at) {
         return Err(Unreadable::Block);
     }
@@ -102,8 +105,8 @@ fn durable_block(r: &Replica, block: u64) -> Result<Option<&[u8]>, Unreadable> {
 /// Whether the medium has a block, and as its sum there says.
 pub fn has_its_sum(r: &Replica, block: u64) -> bool {
     let index = block / MAP_BLOCKS;
-    let map = map_page(r, index).as_ref().and_then(|page| decode_map(page, index, r.id));
-    let sum = map.and_then(|map| {
+    let sum = map_page(r, index).as_ref().and_then(|page| {
+        let (map, _) = decode_map(page, index, r.id);
         let at = (block % MAP_BLOCKS) as usize;
         (map.is_allocated(at) && !map.is_unverified(at)).then(|| map.sums[at])
     });
@@ -133,9 +136,9 @@ fn durable_blocks(r: &Replica, blocks: Range<u64>) -> Vec<Result<Option<&[u8]>, 
         let at = (block % MAP_BLOCKS) as usize;
         out.push(match &known.as_ref().expect("looked at").1 {
             None => Ok(None),
-            Some(None) => Err(Unreadable::Page),
-            Some(Some(map)) if map.is_unverified(at) => Err(Unreadable::Block),
-            Some(Some(map)) => Ok(r.disk.data.durable(block).as_deref().filter(|_| map.is_allocated(at))),
+            Some((_, bad)) if bad[at / REGION_BLOCKS as usize] => Err(Unreadable::Page),
+            Some((map, _)) if map.is_unverified(at) => Err(Unreadable::Block),
+            Some((map, _)) => Ok(r.disk.data.durable(block).as_deref().filter(|_| map.is_allocated(at))),
         });
     }
     out
@@ -255,9 +258,12 @@ impl World {
                 continue;
             }
             known.clone_from(page);
-            // A torn page says nothing.
-            let Some(map) = page.as_ref().and_then(|page| decode_map(page, index, r.id)) else { continue };
+            let Some((map, bad)) = page.as_ref().map(|page| decode_map(page, index, r.id)) else { continue };
             for (at, was) in allocated.iter_mut().enumerate() {
+                // What is torn says nothing.
+                if bad[at / REGION_BLOCKS as usize] {
+                    continue;
+                }
                 let is = map.is_allocated(at) && !map.is_unverified(at);
                 let block = index * MAP_BLOCKS + at as u64;
                 if is && !*was && block < r.blocks && r.disk.data.durable(block).is_none() {

@@ -110,6 +110,7 @@ pub fn plan(mutant: Mutant) -> Plan {
         Mutant::SumsUnchecked => plan(&[NobodyWrote]).wants(&[BitFlips]),
         Mutant::AllocatedAhead => plan(&[Allocated]),
         Mutant::DistrustedTaken => plan(&[Register, Durable]).told(World::read_what_was_taken_over_as_bad),
+        Mutant::TornMapIsAllBad => plan(&[DirtyLeft, Medium]).told(World::tear_the_map_page_of_what_is_clean),
         Mutant::BadMapReadsAsZeroes => plan(&[Register]).only(&[PowerCut, PowerCutAll, KillGateway]).often(),
         Mutant::FirstBadCopyIsAll => plan(&[Medium]).wants(&[BitFlips]),
         Mutant::LogNeverCut => plan(&[Bounds]),

@@ -4,7 +4,7 @@ use client::mirror::{MirrorStatus, Standing};
 use client::volume::SessionInput;
 use node::replica::layout::MAP_BLOCKS;
 
-use super::disk::PAGE;
+use super::disk::{PAGE, SECTOR};
 use super::net::Party;
 use super::world::{MS, SECOND, World};
 
@@ -115,8 +115,8 @@ impl World {
         nodes
     }
 
-    /// Spoils the page of a node's map that has a block of the volume. It is known by its sum, and none of its blocks is
-    /// known any more.
+    /// Spoils the first sector of the page of a node's map that has a block of the volume. It is known by its sum, and
+    /// none of the page's blocks is known any more.
     ///
     /// # Panics
     /// If nothing of it is at rest.
@@ -127,7 +127,7 @@ impl World {
         let replica = self.replicas_of(node).into_iter().find(here).expect("the node has a replica");
         let r = &mut self.replicas[replica];
         let index = at / MAP_BLOCKS;
-        assert!(r.disk.meta.flip(r.layout.map(index) / PAGE, &mut self.rng), "the page is at rest");
+        assert!(r.disk.meta.flip(r.layout.map(index) / PAGE, SECTOR, &mut self.rng), "the page is at rest");
         let blocks = index * MAP_BLOCKS..((index + 1) * MAP_BLOCKS).min(r.blocks);
         self.lose_trust();
         self.distrust(replica, blocks);
@@ -246,6 +246,36 @@ impl World {
         }
         self.read(2, gateway, block, 4);
         self.run_for(20 * SECOND);
+    }
+
+    /// All nodes write the same page of their maps when power goes. What it says of regions that nobody writes to is as
+    /// good as before, and read.
+    ///
+    /// # Panics
+    /// If it does not come to that.
+    pub fn tear_the_map_page_of_what_is_clean(&mut self) {
+        self.open();
+        for (client, first) in [(0, 0), (1, 256), (2, 512)] {
+            self.write(client, 0, first, 64, false);
+        }
+        self.answered();
+        self.flush(0, 0);
+        self.until("nothing is dirty", |w| w.is_in_order());
+        self.write(0, 0, 10, 8, false);
+        self.answered();
+        self.flush(0, 0);
+        let wait = self.rng.between(0, 5 * MS);
+        self.run_for(wait);
+        for node in 0..3 {
+            self.kill_node(node, true);
+        }
+        for node in 0..3 {
+            self.start_node(node);
+        }
+        for (client, first) in [(1, 256), (2, 512)] {
+            self.read(client, 0, first, 64);
+        }
+        self.answered();
     }
 
     /// A replica joins the last member while nothing can be read there, and takes over as bad what it has missed. It is the

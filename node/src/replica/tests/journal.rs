@@ -64,6 +64,25 @@ fn a_kill_keeps_writes_that_no_flush_has_covered() {
     assert_eq!(rig.bytes(8, 1).unwrap(), zeroes(1));
 }
 
+/// The page is written when the replica is opened, and what is bad of it stays so.
+#[test]
+fn a_page_that_is_bad_in_part_has_the_records_of_the_rest() {
+    let mut rig = Rig::attached();
+    rig.done(write(3, 2, 1));
+    rig.done(write(300, 2, 1));
+    rig.flush(1);
+    rig.clean(1, &[(0, 1), (1, 1)]);
+    rig.done(write(5, 3, 2));
+    let at = Layout::new(BLOCKS).map(0) as usize + 512 + 1024 + 500;
+    rig.meta.current[at] ^= 1;
+    rig.kill();
+    assert_eq!(report(&rig).journal_blocks, 3);
+    rig.attach(1, 2);
+    assert_eq!(rig.bytes(3, 2).unwrap(), pattern(3, 2, 1));
+    assert_eq!(rig.bytes(300, 1), Err(Code::Checksum));
+    assert_kept(&mut rig, 5, &pattern(5, 3, 2));
+}
+
 #[test]
 fn kills_before_anything_is_flushed_keep_it_again_and_again() {
     let mut rig = Rig::attached();

@@ -332,11 +332,12 @@ impl Rig {
         let DiskIo::Write { file: FileKind::Meta, offset, bytes } = io else { return };
         let Some(first) = offset.checked_sub(layout.map(0)).map(|at| at / B as u64) else { return };
         for (page, new) in (first..).zip(bytes.chunks_exact(B)) {
-            let new = layout::decode_map(new, page, ids().replica).expect("only good pages are written");
+            let (new, bad) = layout::decode_map(new, page, ids().replica);
             let at = layout.map(page) as usize;
-            let old = layout::decode_map(&self.meta.current[at..at + B], page, ids().replica);
+            let (old, was_bad) = layout::decode_map(&self.meta.current[at..at + B], page, ids().replica);
+            assert!((0..3).all(|r| !bad[r] || was_bad[r]), "what is bad was so");
             let verified = |map: &layout::MapPage, i| map.is_allocated(i) && !map.is_unverified(i);
-            for i in (0..768).filter(|i| verified(&new, *i) && !old.as_ref().is_some_and(|old| verified(old, *i))) {
+            for i in (0..768).filter(|i| verified(&new, *i) && !verified(&old, *i)) {
                 let at = (page as usize * 768 + i) * B;
                 let sum = proto::frame::block_sum(&self.data.durable[at..at + B]);
                 assert_eq!(sum, new.sums[i], "R10: block {i} of map page {page} is allocated before its data");

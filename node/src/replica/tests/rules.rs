@@ -341,6 +341,32 @@ fn r10_a_bad_map_page_makes_regions_dirty_and_blocks_unverified_until_equalised(
     assert!(rig.bytes(512, 256).is_ok() && rig.bytes(0, 1).is_ok());
 }
 
+#[test]
+fn r10_a_bad_sum_spoils_the_blocks_of_its_region_alone() {
+    let mut rig = Rig::attached();
+    rig.done(write(0, 2, 1));
+    rig.done(write(300, 1, 2));
+    rig.flush(1);
+    rig.clean(1, &[(0, 1), (1, 1)]);
+    // A block's sum in the second region.
+    let at = Layout::new(BLOCKS).map(0) as usize + 512 + 1024 + 500;
+    rig.meta.current[at] ^= 1;
+    rig.meta.durable[at] ^= 1;
+    rig.kill();
+    rig.attach(2, 1);
+    assert_eq!(rig.bytes(0, 2).unwrap(), pattern(0, 2, 1));
+    assert_eq!(rig.regions(), (0b010, 0b010, 0b011), "found with the page");
+    assert_eq!(rig.bytes(300, 1), Err(Code::Checksum));
+    assert_eq!(rig.bytes(512, 1).unwrap(), Bytes::from(vec![0; B]));
+    // The page is written, and what was bad of it stays so.
+    rig.done(write(2, 1, 3));
+    rig.flush(1);
+    rig.power_cut(&mut Rng(3));
+    rig.attach(3, 1);
+    assert_eq!(rig.bytes(0, 2).unwrap(), pattern(0, 2, 1));
+    assert_eq!(rig.bytes(300, 1), Err(Code::Checksum));
+}
+
 /// A clean replica, attached anew: blocks 0 and 1 were written, and the page of its map that has them is bad, which it has
 /// yet to see.
 fn attached_to_a_bad_map_page() -> Rig {

@@ -37,7 +37,7 @@ fn golden_superblock() {
     let golden = concat!(
         "6d643939",
         "7265706c",
-        "02000000",
+        "03000000",
         "01000000",
         "0900000000000000",
         "00000000000000000000000000000001",
@@ -71,10 +71,10 @@ fn a_superblock_of_another_layout_or_with_any_bit_flipped_is_bad() {
         assert_eq!(Superblock::decode(&bad), Err(BadCopy::Damaged), "byte {at}");
     }
     let mut other = good.clone();
-    other[8] = 3;
+    other[8] = 2;
     let crc = crc32fast::hash(&other[..4092]);
     other[4092..].copy_from_slice(&crc.to_le_bytes());
-    assert_eq!(Superblock::decode(&other), Err(BadCopy::Layout(3)));
+    assert_eq!(Superblock::decode(&other), Err(BadCopy::Layout(2)));
     assert_eq!(Superblock::decode(&[0; 4096]), Err(BadCopy::Zero));
 }
 
@@ -114,16 +114,55 @@ fn golden_map_page() {
     layout::encode_map(&mut bytes, 5, ids().replica, &map);
     assert_eq!(bytes.len(), 4096);
     assert_eq!(bytes[8], 3);
-    assert_eq!(hex(&bytes[64..72]), "0102030400000000", "first region's sums");
-    assert_eq!(hex(&bytes[64 + 1024..64 + 1024 + 8]), "0100000000000000", "first region's allocation");
-    let second = 64 + 1088;
-    assert_eq!(hex(&bytes[second + 1020..second + 1024]), "ddccbbaa");
-    assert_eq!(hex(&bytes[second + 1024 + 24..second + 1024 + 32]), "0000000000000080");
-    let third = 64 + 2 * 1088;
-    assert_eq!(hex(&bytes[third + 1056..third + 1064]), "0800000000000000", "third region's unverified blocks");
-    assert!(bytes[64 + 3 * 1088..].iter().all(|b| *b == 0));
-    assert_eq!(layout::decode_map(&bytes, 5, ids().replica), Some(map));
-    assert_eq!(layout::decode_map(&[0; 4096], 5, ids().replica), None, "a hole is no page");
+    assert_eq!(hex(&bytes[512..520]), "0102030400000000", "first region's sums");
+    assert_eq!(hex(&bytes[64..72]), "0100000000000000", "first region's allocation");
+    assert_eq!(hex(&bytes[512 + 2044..512 + 2048]), "ddccbbaa", "second region's sums");
+    assert_eq!(hex(&bytes[64 + 64 + 24..64 + 64 + 32]), "0000000000000080", "second region's allocation");
+    assert_eq!(hex(&bytes[64 + 128 + 32..64 + 128 + 40]), "0800000000000000", "third region's unverified blocks");
+    for r in 0..3 {
+        let sums = &bytes[512 + r * 1024..][..1024];
+        assert_eq!(bytes[256 + r * 4..][..4], crc32fast::hash(sums).to_le_bytes());
+    }
+    assert_eq!(bytes[4..8], crc32fast::hash(&bytes[8..512]).to_le_bytes());
+    assert!(bytes[268..512].iter().chain(&bytes[512 + 3 * 1024..]).all(|b| *b == 0));
+    assert_eq!(layout::decode_map(&bytes, 5, ids().replica), (map, [false; 3]));
+    assert_eq!(layout::decode_map(&[0; 4096], 5, ids().replica).1, [true; 3], "a hole is no page");
+}
+
+/// Of a write that was cut short any sectors may be there.
+#[test]
+fn a_torn_map_page_has_its_other_regions() {
+    let encoded = |map: &MapPage| {
+        let mut bytes = BytesMut::new();
+        layout::encode_map(&mut bytes, 5, ids().replica, map);
+        bytes
+    };
+    let mut map = MapPage::empty();
+    for (i, sum) in [(3, 77), (300, 78), (700, 79)] {
+        map.set(i, sum);
+    }
+    map.distrust(301);
+    let before = encoded(&map);
+    let was = map.clone();
+    for (i, sum) in [(3, 177), (200, 178)] {
+        map.set(i, sum);
+    }
+    let after = encoded(&map);
+    for sectors in 0..256u32 {
+        let from = |i: usize| if sectors >> (i / 512) & 1 == 0 { before[i] } else { after[i] };
+        let torn: Vec<u8> = (0..4096).map(from).collect();
+        let (read, bad) = layout::decode_map(&torn, 5, ids().replica);
+        assert_eq!(bad[1..], [false; 2], "{sectors:#b}");
+        assert_eq!((&read.sums[256..], &read.allocated[4..]), (&was.sums[256..], &was.allocated[4..]));
+        assert_eq!(read.unverified[4..], was.unverified[4..]);
+        // The first sector and the two with the region's sums are of one version, or it is bad.
+        assert_eq!(bad[0], ![0b000, 0b111].contains(&(sectors & 0b111)), "{sectors:#b}");
+        if bad[0] {
+            assert!((0..256).all(|i| read.is_unverified(i)));
+        } else {
+            assert_eq!(read, if sectors & 1 == 0 { was.clone() } else { map.clone() });
+        }
+    }
 }
 
 #[test]
@@ -242,17 +281,21 @@ proptest! {
     #[test]
     fn arbitrary_pages_are_refused_not_believed(bytes in proptest::collection::vec(any::<u8>(), 0..5000)) {
         prop_assert!(Superblock::decode(&bytes).is_err());
-        prop_assert!(layout::decode_map(&bytes, 0, ids().replica).is_none());
+        prop_assert_eq!(layout::decode_map(&bytes, 0, ids().replica).1, [true; 3]);
         prop_assert!(layout::decode_bitmap(&bytes, PageKind::Dirty, 0, ids().replica).is_none());
     }
 
     #[test]
-    fn a_flipped_bit_spoils_any_page(at in 0usize..4096, bit in 0u8..8, index in 0u64..9) {
+    fn a_flipped_bit_spoils_what_it_hits_of_a_map_page(at in 0usize..4096, bit in 0u8..8, index in 0u64..9) {
         let mut bytes = BytesMut::new();
-        layout::encode_map(&mut bytes, index, ids().replica, &MapPage::unverified());
+        layout::encode_map(&mut bytes, index, ids().replica, &MapPage::empty());
         bytes[at] ^= 1 << bit;
-        // Bytes 9..16, 24..32 and 48..64 are zero and under the checksum like everything else.
-        prop_assert!(layout::decode_map(&bytes, index, ids().replica).is_none());
+        // Bytes 9..16, 24..32 and 48..64 are zero and under the checksum like everything else of the first sector.
+        let expected = match at {
+            0..512 => [true; 3],
+            _ => [0, 1, 2].map(|r| (512 + r * 1024..1536 + r * 1024).contains(&at)),
+        };
+        prop_assert_eq!(layout::decode_map(&bytes, index, ids().replica).1, expected);
     }
 
     #[test]
