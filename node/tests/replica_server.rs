@@ -483,7 +483,7 @@ async fn a_creation_that_was_cut_short_is_begun_anew() {
     damage(dir.path(), 10, "meta", |b| b[..2 * B].fill(0));
     let data = dir.path().join(format!("{}.data", id(10)));
     let empty = std::fs::File::create(&data).unwrap();
-    empty.set_len(SIZE).unwrap();
+    empty.set_len(SIZE + 3 * B as u64).unwrap();
     let plane = start(dir.path(), EngineKind::Auto).await;
     plane.create_replica(spec(10)).await.unwrap();
     let (mut client, info) = Client::attached(&plane, 10, attach_id(1, 1));

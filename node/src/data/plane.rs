@@ -406,8 +406,8 @@ impl DataPlane {
         let replica = spec.replica;
         match self.place(&spec.pool)? {
             PoolPlace::Directory(dir) => {
-                let dir = dir.clone();
-                let (files, found) = blocking(move || FilePair::open(&dir, replica, create)).await?;
+                let (dir, layout) = (dir.clone(), Layout::new(spec.blocks()));
+                let (files, found) = blocking(move || FilePair::open(&dir, replica, layout, create)).await?;
                 Ok((ReplicaFiles::File(files.into()), found))
             }
             PoolPlace::Memory(pool) => {
@@ -430,7 +430,7 @@ impl DataPlane {
             ReplicaFiles::Mem(files) => files.size(&layout, true),
             ReplicaFiles::File(files) => {
                 let files = files.clone();
-                blocking(move || files.size(&layout, true)).await?;
+                blocking(move || files.size()).await?;
             }
         }
         self.open(spec, files, How::Create(create)).await

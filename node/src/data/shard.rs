@@ -357,13 +357,18 @@ impl Thread {
         loop {
             let mut finished = std::mem::take(&mut self.finished);
             self.engine.reap(&mut finished);
+            if self.ended.is_empty() && finished.is_empty() {
+                self.engine.kick();
+                self.replied.drain(..).for_each(|conn| conn.flush());
+                self.engine.sync_here(&mut finished);
+            }
             for (number, result) in finished.drain(..) {
                 let (cell, op) = self.running.remove(&number).expect("an operation that ends has begun");
                 self.ended.push_back((cell, op, result));
             }
             self.finished = finished;
             if self.ended.is_empty() {
-                break;
+                return;
             }
             while let Some((cell, op, result)) = self.ended.pop_front() {
                 cell.inner.borrow_mut().in_flight -= 1;
@@ -371,8 +376,6 @@ impl Thread {
                 self.maybe_closed(&cell);
             }
         }
-        self.engine.kick();
-        self.replied.drain(..).for_each(|conn| conn.flush());
     }
 
     fn tick(&mut self) {

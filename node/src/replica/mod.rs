@@ -27,7 +27,8 @@
 //! page 2..17    allocation journal     8 pages in two versions each, never synced for their own sake: see `journal`
 //! page 18..     dirty bitmap           1 bit a region, 32256 bits a page
 //! then          presence bitmap        1 bit a map page: it has been written
-//! then          block map              1 page for 3 regions: sums, allocation and verification of 768 blocks
+//! then          block map              1 page for 3 regions: sums, allocation and verification of 768 blocks;
+//!                                      the store has it behind the data, in the data file
 //! ```
 //!
 //! A block's sum and its allocation bit travel in one checksummed page: one page write makes both durable, and

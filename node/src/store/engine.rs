@@ -1,5 +1,6 @@
 //! Carries disk operations out for one data thread.
 
+use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::blocking::{BlockingEngine, Sink};
 use super::uring::{UringEngine, UringWaiter};
 use super::{FilePair, ReplicaFiles, describe, outcome};
-use crate::replica::{DiskData, DiskError, DiskIo};
+use crate::replica::{DiskData, DiskError, DiskIo, FileKind};
 
 /// Writes up to this many bytes are copied into the page cache in place: as a rule, and after one was throttled, until
 /// one is quick. The kernel makes a throttled writer wait for as long as the disk takes for so many bytes.
@@ -20,6 +21,11 @@ const IN_PLACE_READ: u32 = 256 << 10;
 const THROTTLED: Duration = Duration::from_millis(5);
 /// For this long after it, writes go through the engine.
 const THROTTLE_PAUSE: Duration = Duration::from_millis(500);
+
+/// After a sync in place that took longer than this none is tried for so many times as long: on a slow disk the thread
+/// waits for a twentieth of its time at most.
+const SLOW_SYNC: Duration = Duration::from_millis(2);
+const SLOW_SYNC_PAUSE: u32 = 20;
 
 /// An operation that has ended: the number it was submitted with, and how.
 pub type Finished = (u64, Result<DiskData, DiskError>);
@@ -57,6 +63,23 @@ pub struct Engine {
     back: Back,
     in_place_write: usize,
     writes_wait_until: Option<Instant>,
+    /// Operations that the back has.
+    in_hand: usize,
+    /// A sync that the thread may carry out itself.
+    held: Option<(u64, Arc<FilePair>, DiskIo)>,
+    /// Syncs that end with another one, by its number.
+    shared: HashMap<u64, u64>,
+    syncs_wait_until: Option<Instant>,
+    disk: Disk,
+}
+
+/// Where the files of the thread's replicas are.
+#[derive(Debug)]
+enum Disk {
+    Unknown,
+    /// All are on this device.
+    One(u64),
+    Several,
 }
 
 #[derive(Debug)]
@@ -109,7 +132,16 @@ impl Engine {
             Some(uring) => Back::Uring(Box::new(uring)),
             None => Back::Blocking(BlockingEngine::start()),
         };
-        Ok(Self { back, in_place_write: IN_PLACE_WRITE, writes_wait_until: None })
+        Ok(Self {
+            back,
+            in_place_write: IN_PLACE_WRITE,
+            writes_wait_until: None,
+            in_hand: 0,
+            held: None,
+            shared: HashMap::new(),
+            syncs_wait_until: None,
+            disk: Disk::Unknown,
+        })
     }
 
     /// What [`wait`](EngineWaiter::wait)s for this engine.
@@ -153,24 +185,89 @@ impl Engine {
 
     /// Takes an operation; it starts with the next [`kick`](Self::kick) at the latest.
     pub fn submit(&mut self, number: u64, files: &Arc<FilePair>, io: DiskIo) {
-        match &mut self.back {
-            Back::Blocking(blocking) => blocking.submit(number, files.clone(), io),
-            Back::Uring(uring) => uring.submit(number, files.clone(), io),
+        if !matches!(io, DiskIo::Sync { .. }) {
+            return self.pass_on(number, files.clone(), io);
+        }
+        match self.disk {
+            Disk::Unknown => self.disk = Disk::One(files.device()),
+            Disk::One(device) if device != files.device() => self.disk = Disk::Several,
+            _ => {}
+        }
+        if let Some((first, held, DiskIo::Sync { file: FileKind::Data })) = &self.held
+            && Arc::ptr_eq(held, files)
+            && files.data_has_all()
+            && !self.shared.contains_key(first)
+        {
+            self.shared.insert(*first, number);
+            return;
+        }
+        if let Some((number, files, io)) = self.held.replace((number, files.clone(), io)) {
+            self.pass_on(number, files, io);
         }
     }
 
-    /// Starts what was submitted: one system call for all of it.
+    fn pass_on(&mut self, number: u64, files: Arc<FilePair>, io: DiskIo) {
+        self.in_hand += 1;
+        match &mut self.back {
+            Back::Blocking(blocking) => blocking.submit(number, files, io),
+            Back::Uring(uring) => uring.submit(number, files, io),
+        }
+    }
+
+    /// Starts what was submitted: one system call for all of it. A sync may be left for [`sync_here`](Self::sync_here).
     pub fn kick(&mut self) {
+        if !self.may_sync_here()
+            && let Some((number, files, io)) = self.held.take()
+        {
+            self.pass_on(number, files, io);
+        }
         if let Back::Uring(uring) = &mut self.back {
             uring.kick();
         }
     }
 
+    /// Whether a sync is better waited for by the thread itself than told to another and told of by it: the disk is
+    /// quick, has nothing else to do but perhaps the sync of the other file, and no replica on another disk would wait.
+    fn may_sync_here(&self) -> bool {
+        self.in_hand <= 1
+            && matches!(self.disk, Disk::One(_))
+            && self.syncs_wait_until.is_none_or(|until| Instant::now() >= until)
+    }
+
+    /// Carries the sync out that was left, if one was. To be called when nothing else is to be done.
+    pub fn sync_here(&mut self, into: &mut Vec<Finished>) {
+        let Some((number, files, io)) = self.held.take() else { return };
+        let began = Instant::now();
+        let result = files.execute(&io);
+        let took = began.elapsed();
+        self.syncs_wait_until = (took > SLOW_SYNC).then(|| began + took + took * SLOW_SYNC_PAUSE);
+        let (what, file, offset) = describe(&io);
+        into.push((number, outcome(&files, what, file, offset, result)));
+        self.end_shared(into, into.len() - 1);
+    }
+
+    /// What has ended from `first` on has ended those that share it, too.
+    fn end_shared(&mut self, ended: &mut Vec<Finished>, first: usize) {
+        if self.shared.is_empty() {
+            return;
+        }
+        for i in first..ended.len() {
+            let (number, result) = &ended[i];
+            let result = result.as_ref().map(|_| DiskData::None).map_err(|error| *error);
+            if let Some(other) = self.shared.remove(number) {
+                ended.push((other, result));
+            }
+        }
+    }
+
     /// Takes what has ended.
     pub fn reap(&mut self, into: &mut Vec<Finished>) {
+        let before = into.len();
         match &mut self.back {
             Back::Blocking(blocking) => blocking.reap(into),
             Back::Uring(uring) => uring.reap(into),
         }
+        self.in_hand -= into.len() - before;
+        self.end_shared(into, before);
     }
 }

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "the ring takes raw pointers; each block says why they stay valid")]
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
@@ -17,6 +18,7 @@ use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 
 use super::engine::Finished;
+use super::file::SyncStep;
 use super::{FilePair, describe, outcome};
 use crate::replica::{DiskData, DiskIo, FileKind};
 
@@ -49,6 +51,8 @@ struct Running {
     bytes: Vec<u8>,
     /// Bytes read or written so far.
     done: usize,
+    /// What a sync is at.
+    step: Option<SyncStep>,
 }
 
 /// Watches the ring's eventfd.
@@ -108,7 +112,9 @@ impl UringEngine {
             let Some(slot) = self.free.pop() else { return };
             let (number, files, io) = self.waiting.pop_front().expect("seen above");
             let len = if let DiskIo::Read { len, .. } = &io { *len as usize } else { 0 };
-            self.slots[slot as usize] = Some(Running { number, files, io, bytes: proto::buffer::take(len), done: 0 });
+            let step = if let DiskIo::Sync { file } = &io { Some(files.sync_step(*file)) } else { None };
+            let bytes = proto::buffer::take(len);
+            self.slots[slot as usize] = Some(Running { number, files, io, bytes, done: 0, step });
             self.push(slot);
         }
     }
@@ -184,6 +190,10 @@ impl Drop for UringEngine {
     }
 }
 
+fn fd(file: &File) -> types::Fd {
+    types::Fd(file.as_raw_fd())
+}
+
 #[derive(PartialEq, Eq)]
 enum Progress {
     More,
@@ -191,27 +201,28 @@ enum Progress {
 }
 
 impl Running {
-    fn fd(&self, file: FileKind) -> types::Fd {
-        types::Fd(self.files.file(file).as_raw_fd())
-    }
-
     fn entry(&mut self) -> squeue::Entry {
         match &self.io {
             DiskIo::Read { file, offset, len } => {
-                let fd = self.fd(*file);
-                let (at, left) = (offset + self.done as u64, len - self.done as u32);
+                let (file, offset) = self.files.place(*file, *offset, (*len).into());
+                let (fd, at, left) = (fd(file), offset + self.done as u64, len - self.done as u32);
                 let to = self.bytes.spare_capacity_mut()[self.done..].as_mut_ptr().cast::<u8>();
                 opcode::Read::new(fd, to, left).offset(at).build()
             }
             DiskIo::Write { file, offset, bytes } => {
+                let (file, offset) = self.files.place(*file, *offset, bytes.len() as u64);
                 let (at, rest) = (offset + self.done as u64, &bytes[self.done..]);
-                opcode::Write::new(self.fd(*file), rest.as_ptr(), rest.len() as u32).offset(at).build()
+                opcode::Write::new(fd(file), rest.as_ptr(), rest.len() as u32).offset(at).build()
             }
             DiskIo::Punch { offset, len } => {
+                let (file, offset) = self.files.place(FileKind::Data, *offset, *len);
                 let mode = (FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE).bits() as i32;
-                opcode::Fallocate::new(self.fd(FileKind::Data), *len).offset(*offset).mode(mode).build()
+                opcode::Fallocate::new(fd(file), *len).offset(offset).mode(mode).build()
             }
-            DiskIo::Sync { file } => opcode::Fsync::new(self.fd(*file)).flags(types::FsyncFlags::DATASYNC).build(),
+            DiskIo::Sync { .. } => {
+                let part = self.step.expect("a sync has its step").part();
+                opcode::Fsync::new(fd(self.files.part(part))).flags(types::FsyncFlags::DATASYNC).build()
+            }
         }
     }
 
@@ -225,6 +236,10 @@ impl Running {
             DiskIo::Write { bytes, .. } => bytes.len(),
             DiskIo::Punch { .. } | DiskIo::Sync { .. } => 0,
         };
+        if let Some(step) = self.step.filter(|_| result == 0) {
+            self.step = self.files.step_done(step);
+            return if self.step.is_some() { Progress::More } else { Progress::Ended };
+        }
         self.done += result.max(0) as usize;
         if result > 0 && self.done < wanted { Progress::More } else { Progress::Ended }
     }
@@ -243,6 +258,9 @@ impl Running {
             _ => Ok(DiskData::None),
         };
         let (what, file, offset) = describe(&self.io);
+        if let DiskIo::Write { .. } = &self.io {
+            self.files.wrote(file, offset);
+        }
         outcome(&self.files, what, file, offset, ended)
     }
 }
