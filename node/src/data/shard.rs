@@ -323,7 +323,7 @@ impl Shard {
                 for files in files {
                     if let ReplicaFiles::File(files) = files {
                         for file in [crate::replica::FileKind::Data, crate::replica::FileKind::Meta] {
-                            if let Err(error) = files.execute(&DiskIo::Sync { file }) {
+                            if let Err(error) = files.execute(&DiskIo::Sync { file, map: true }) {
                                 tracing::warn!(path = %files.path(file).display(), %error, "last sync failed");
                             }
                         }

@@ -382,7 +382,8 @@ impl ReplicaCore {
             if mutant::is(Mutant::DirtyWithoutSync) && pages_only {
                 return self.pass_sync_done(Ok(DiskData::None), out);
             }
-            self.disk(Io::PassSync, DiskIo::Sync { file: FileKind::Meta }, out);
+            let map = !pass.init.is_empty();
+            self.disk(Io::PassSync, DiskIo::Sync { file: FileKind::Meta, map }, out);
         }
     }
 

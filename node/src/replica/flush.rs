@@ -142,7 +142,7 @@ impl ReplicaCore {
             presence_stored,
         });
         if unsynced {
-            self.disk(Io::FlushSync(FileKind::Data), DiskIo::Sync { file: FileKind::Data }, out);
+            self.disk(Io::FlushSync(FileKind::Data), DiskIo::Sync { file: FileKind::Data, map: false }, out);
         }
         self.continue_flush(out);
     }
@@ -186,7 +186,7 @@ impl ReplicaCore {
         if pass.meta == MetaSync::Writing && pass.held.is_empty() && pass.writing == 0 {
             if std::mem::take(&mut self.flush.meta_written) {
                 pass.meta = MetaSync::Syncing;
-                return self.disk(Io::FlushSync(FileKind::Meta), DiskIo::Sync { file: FileKind::Meta }, out);
+                return self.disk(Io::FlushSync(FileKind::Meta), DiskIo::Sync { file: FileKind::Meta, map: true }, out);
             }
             pass.meta = MetaSync::Done;
         }

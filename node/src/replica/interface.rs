@@ -79,7 +79,7 @@ pub struct FileLengths {
 pub enum FileKind {
     /// Block *n* at *n* × 4096, nothing else.
     Data,
-    /// Superblocks, allocation journal, bitmaps and block map; see [`super`].
+    /// Superblocks, allocation journal and bitmaps, and the block map, which stores may keep elsewhere; see [`super`].
     Meta,
 }
 
@@ -104,8 +104,8 @@ pub enum DiskIo {
     Write { file: FileKind, offset: u64, bytes: Bytes },
     /// Frees a range of the data file, which then reads as zeroes.
     Punch { offset: u64, len: u64 },
-    /// Makes everything that had been written to the file durable.
-    Sync { file: FileKind },
+    /// Makes everything that had been written to the file durable; of the meta file the block map only with `map`.
+    Sync { file: FileKind, map: bool },
 }
 
 /// What a disk operation brings back.

@@ -160,7 +160,7 @@ impl ReplicaCore {
         }
         core.opening().pieces = vec![(lengths.data, lengths.meta)];
         core.opening().ios = 1;
-        core.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta }, out);
+        core.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta, map: true }, out);
         core
     }
 
@@ -215,7 +215,7 @@ impl ReplicaCore {
                 self.opening().stage = Stage::NewBitmapsSync;
                 self.opening().ios = 2;
                 for file in [FileKind::Data, FileKind::Meta] {
-                    self.disk(Io::Open(0), DiskIo::Sync { file }, out);
+                    self.disk(Io::Open(0), DiskIo::Sync { file, map: true }, out);
                 }
             }
             Stage::NewBitmapsSync => {
@@ -226,7 +226,7 @@ impl ReplicaCore {
             Stage::NewSuperblocks | Stage::Repair => {
                 self.opening().stage = Stage::LastSync;
                 self.opening().ios = 1;
-                self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta }, out);
+                self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta, map: true }, out);
             }
             Stage::FirstSync => {
                 self.opening().stage = Stage::Superblocks;
@@ -267,7 +267,7 @@ impl ReplicaCore {
                 }
                 self.opening().stage = Stage::JournalData;
                 self.opening().ios = 1;
-                self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Data }, out);
+                self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Data, map: false }, out);
             }
             Stage::JournalData => {
                 self.opening().stage = Stage::JournalMap;
@@ -452,7 +452,7 @@ impl ReplicaCore {
         if pages.is_empty() {
             opening.stage = Stage::JournalMeta;
             opening.ios = 1;
-            return self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta }, out);
+            return self.disk(Io::Open(0), DiskIo::Sync { file: FileKind::Meta, map: true }, out);
         }
         for (i, page) in (rest..).zip(pages) {
             let read = DiskIo::Read { file: FileKind::Meta, offset: self.layout.map(page), len: PAGE as u32 };

@@ -193,7 +193,7 @@ impl Engine {
             Disk::One(device) if device != files.device() => self.disk = Disk::Several,
             _ => {}
         }
-        if let Some((first, held, DiskIo::Sync { file: FileKind::Data })) = &self.held
+        if let Some((first, held, DiskIo::Sync { file: FileKind::Data, .. })) = &self.held
             && Arc::ptr_eq(held, files)
             && files.data_has_all()
             && !self.shared.contains_key(first)

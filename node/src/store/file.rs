@@ -220,8 +220,8 @@ impl FilePair {
     }
 
     /// What a sync begins with.
-    pub(crate) fn sync_step(&self, file: FileKind) -> SyncStep {
-        let map_too = file == FileKind::Meta && !self.map_writes.are_synced();
+    pub(crate) fn sync_step(&self, file: FileKind, map: bool) -> SyncStep {
+        let map_too = file == FileKind::Meta && map && !self.map_writes.are_synced();
         if file == FileKind::Data || map_too && self.meta_writes.are_synced() {
             return SyncStep { part: Part::Data, covers: self.map_writes.ended(), map_too: false };
         }
@@ -285,8 +285,8 @@ impl FilePair {
                 rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, flags, offset, *len))?;
                 Ok(DiskData::None)
             }
-            DiskIo::Sync { file } => {
-                let mut next = Some(self.sync_step(*file));
+            DiskIo::Sync { file, map } => {
+                let mut next = Some(self.sync_step(*file, *map));
                 while let Some(step) = next {
                     self.part(step.part()).sync_data()?;
                     next = self.step_done(step);
@@ -454,7 +454,7 @@ mod tests {
     /// The files that a sync goes to, in this order.
     fn synced(files: &FilePair, file: FileKind) -> Vec<Part> {
         let mut parts = Vec::new();
-        let mut next = Some(files.sync_step(file));
+        let mut next = Some(files.sync_step(file, true));
         while let Some(step) = next {
             parts.push(step.part());
             next = files.step_done(step);
@@ -479,16 +479,21 @@ mod tests {
         assert_eq!(synced(&files, FileKind::Data), [Data], "and the map with it");
         assert_eq!(synced(&files, FileKind::Meta), [Meta]);
         // What ends while a sync runs is not covered by it.
-        let step = files.sync_step(FileKind::Meta);
+        let step = files.sync_step(FileKind::Meta, true);
         write(&files, FileKind::Meta, 0, 3);
-        let data = files.sync_step(FileKind::Data);
+        let data = files.sync_step(FileKind::Data, false);
         write(&files, FileKind::Meta, map, 3);
         assert!(files.step_done(data).is_none() && files.step_done(step).is_none());
         assert!(!files.data_has_all());
         assert_eq!(synced(&files, FileKind::Meta), [Meta, Data]);
         // One that failed has covered nothing.
         write(&files, FileKind::Meta, map, 4);
-        let _ = files.sync_step(FileKind::Meta);
+        let _ = files.sync_step(FileKind::Meta, true);
+        // Bitmaps and superblocks do not wait for the map, nor for all that was written beside it.
+        write(&files, FileKind::Meta, 0, 4);
+        let step = files.sync_step(FileKind::Meta, false);
+        assert_eq!(step.part(), Meta);
+        assert!(files.step_done(step).is_none());
         assert_eq!(synced(&files, FileKind::Meta), [Data]);
     }
 }

@@ -99,6 +99,6 @@ pub(crate) fn describe(io: &DiskIo) -> (&'static str, FileKind, u64) {
         DiskIo::Read { file, offset, .. } => ("read", *file, *offset),
         DiskIo::Write { file, offset, .. } => ("write", *file, *offset),
         DiskIo::Punch { offset, .. } => ("punch", FileKind::Data, *offset),
-        DiskIo::Sync { file } => ("sync", *file, 0),
+        DiskIo::Sync { file, .. } => ("sync", *file, 0),
     }
 }

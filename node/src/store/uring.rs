@@ -112,7 +112,7 @@ impl UringEngine {
             let Some(slot) = self.free.pop() else { return };
             let (number, files, io) = self.waiting.pop_front().expect("seen above");
             let len = if let DiskIo::Read { len, .. } = &io { *len as usize } else { 0 };
-            let step = if let DiskIo::Sync { file } = &io { Some(files.sync_step(*file)) } else { None };
+            let step = if let DiskIo::Sync { file, map } = &io { Some(files.sync_step(*file, *map)) } else { None };
             let bytes = proto::buffer::take(len);
             self.slots[slot as usize] = Some(Running { number, files, io, bytes, done: 0, step });
             self.push(slot);

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use node::replica::layout::Layout;
 use node::replica::{DiskData, DiskError, DiskIo, FileKind, OpId};
 
 use super::rng::Rng;
@@ -124,11 +125,14 @@ impl SimFile {
 
     /// Everything written up to number `mark` reaches the medium; but for what `betray` names, which the disk says it
     /// has, and either drops or puts elsewhere. Returns the pages that were spoiled by that.
-    fn sync(&mut self, mark: u64, betray: &mut dyn FnMut(u64, &Content) -> Betrayal) -> Vec<u64> {
+    fn sync(&mut self, mark: u64, end: u64, betray: &mut dyn FnMut(u64, &Content) -> Betrayal) -> Vec<u64> {
         let pages = &mut self.pages;
         let mut strayed: Vec<(u64, Content)> = Vec::new();
         let mut spoiled = Vec::new();
         self.unsynced.retain(|at| {
+            if *at >= end {
+                return true;
+            }
             let page = &mut pages[*at as usize];
             let n = page.volatile.iter().take_while(|(seq, _)| *seq <= mark).count();
             let written: Vec<(u64, Content)> = page.volatile.drain(..n).collect();
@@ -271,6 +275,8 @@ pub type Changed = Option<(FileKind, std::ops::Range<u64>)>;
 pub struct Disk {
     pub data: SimFile,
     pub meta: SimFile,
+    /// The first page of the block map.
+    map_at: u64,
     in_flight: BTreeMap<OpId, InFlight>,
     /// Pages of data that the last sync spoiled.
     spoiled: Vec<u64>,
@@ -288,10 +294,20 @@ impl DiskFaults {
 }
 
 impl Disk {
-    pub fn new(data_bytes: u64, meta_bytes: u64) -> Self {
+    pub fn new(layout: &Layout) -> Self {
+        Self::of_bytes(layout.data_len(), layout.meta_len(), layout.map(0))
+    }
+
+    /// As of a replica that was deleted.
+    pub fn gone() -> Self {
+        Self::of_bytes(0, 0, 0)
+    }
+
+    fn of_bytes(data: u64, meta: u64, map_at: u64) -> Self {
         Self {
-            data: SimFile::new(data_bytes),
-            meta: SimFile::new(meta_bytes),
+            data: SimFile::new(data),
+            meta: SimFile::new(meta),
+            map_at: map_at / PAGE,
             in_flight: BTreeMap::new(),
             spoiled: Vec::new(),
             betrays: (0, 0),
@@ -323,7 +339,7 @@ impl Disk {
             }
             copy
         };
-        Self { data: durable(&self.data), meta: durable(&self.meta), ..Self::new(0, 0) }
+        Self { data: durable(&self.data), meta: durable(&self.meta), ..Self::of_bytes(0, 0, self.map_at * PAGE) }
     }
 
     /// Whether writes of data are with the disk. Punches may be: a replica frees what holds nothing on its own.
@@ -356,7 +372,7 @@ impl Disk {
             }
         };
         micros *= faults.slow.max(1);
-        let mark = if let DiskIo::Sync { file } = &io { self.file(*file).seq } else { 0 };
+        let mark = if let DiskIo::Sync { file, .. } = &io { self.file(*file).seq } else { 0 };
         let mut flight = InFlight { io, early: None, mark, failing };
         let mut changed = None;
         if !matches!(flight.io, DiskIo::Sync { .. }) && flight.failing.is_none() && rng.chance(300) {
@@ -395,7 +411,7 @@ impl Disk {
     pub fn end(&mut self, op: OpId, rng: &mut Rng) -> (Result<DiskData, DiskError>, Changed) {
         let flight = self.in_flight.remove(&op).expect("a disk operation ends once");
         if let Some(error) = flight.failing {
-            if let DiskIo::Sync { file } = flight.io {
+            if let DiskIo::Sync { file, .. } = flight.io {
                 self.file_mut(file).strand(flight.mark);
                 return (Err(error), None);
             }
@@ -406,8 +422,8 @@ impl Disk {
         if let Some(data) = flight.early {
             return (Ok(data), None);
         }
-        if let DiskIo::Sync { file } = flight.io {
-            self.sync(file, flight.mark, Some(rng));
+        if let DiskIo::Sync { file, map } = flight.io {
+            self.sync(file, map, flight.mark, Some(rng));
             return (Ok(DiskData::None), None);
         }
         let (data, changed) = self.perform(&flight);
@@ -426,24 +442,25 @@ impl Disk {
                 self.data.punch(*offset, *len);
                 (DiskData::None, Some((FileKind::Data, offset / PAGE..(offset + len) / PAGE)))
             }
-            DiskIo::Sync { file } => {
-                self.sync(*file, flight.mark, None);
+            DiskIo::Sync { file, map } => {
+                self.sync(*file, *map, flight.mark, None);
                 (DiskData::None, None)
             }
         }
     }
 
-    fn sync(&mut self, file: FileKind, mark: u64, rng: Option<&mut Rng>) {
+    fn sync(&mut self, file: FileKind, map: bool, mark: u64, rng: Option<&mut Rng>) {
+        let end = if file == FileKind::Meta && !map { self.map_at } else { u64::MAX };
         let (lost, misdirected) = self.betrays;
         let betrays = lost + misdirected > 0;
         let (Some(rng), FileKind::Data, true) = (rng, file, betrays || self.rotten) else {
-            self.file_mut(file).sync(mark, &mut |_, _| Betrayal::None);
+            self.file_mut(file).sync(mark, end, &mut |_, _| Betrayal::None);
             return;
         };
         let pages = self.data.pages.len() as u64;
         let patched = self.data.patched.clone();
         let healed = &mut self.healed;
-        let spoiled = self.data.sync(mark, &mut |at, content| {
+        let spoiled = self.data.sync(mark, end, &mut |at, content| {
             // Space that is freed is not written.
             let n = if betrays && content.is_some() { rng.below(1000) } else { 1000 };
             if n < lost {

@@ -320,7 +320,7 @@ impl World {
             mirror_id: placed.mirror,
             blocks,
             layout,
-            disk: Disk::new(layout.data_len(), layout.meta_len()),
+            disk: Disk::new(&layout),
             files: false,
             core: None,
             boot: 0,
@@ -382,7 +382,7 @@ impl World {
         let r = &mut self.replicas[at];
         r.gone = true;
         r.files = false;
-        r.disk = Disk::new(0, 0);
+        r.disk = Disk::gone();
     }
 
     /// Its files are lost, the node's process being down.
@@ -393,7 +393,7 @@ impl World {
         let r = &mut self.replicas[replica];
         assert!(r.core.is_none(), "files are lost under a running process");
         r.files = false;
-        r.disk = Disk::new(r.layout.data_len(), r.layout.meta_len());
+        r.disk = Disk::new(&r.layout);
         r.watched = Watched::new(&r.layout);
         r.watched.lost_at = now;
         self.cache_lost(replica);
@@ -796,6 +796,7 @@ fn show_io(io: &DiskIo) -> String {
         DiskIo::Write { file, offset, bytes } => format!("write {file} page {}+{}", offset / 4096, bytes.len() / 4096),
         DiskIo::Read { file, offset, len } => format!("read {file} page {}+{}", offset / 4096, len / 4096),
         DiskIo::Punch { offset, len } => format!("punch page {}+{}", offset / 4096, len / 4096),
-        DiskIo::Sync { file } => format!("sync {file}"),
+        DiskIo::Sync { file: FileKind::Meta, map: false } => "sync meta file but for the map".to_owned(),
+        DiskIo::Sync { file, .. } => format!("sync {file}"),
     }
 }

@@ -157,7 +157,7 @@ fn a_fault_drops_the_cache_and_the_journal_with_it() {
 fn data_that_cannot_be_made_durable_is_not_believed() {
     let mut rig = Rig::attached();
     rig.done(write(3, 1, 1));
-    rig.fail = Box::new(|io| matches!(io, DiskIo::Sync { file: FileKind::Data }).then_some(DiskError::Io));
+    rig.fail = Box::new(|io| matches!(io, DiskIo::Sync { file: FileKind::Data, .. }).then_some(DiskError::Io));
     rig.kill();
     let failed = OpenError::Disk { file: FileKind::Data, error: DiskError::Io };
     assert_eq!(rig.opened.as_ref().unwrap().as_ref().unwrap_err(), &failed);
@@ -298,7 +298,10 @@ fn a_full_journal_flushes_for_its_own_sake() {
         }
     }
     assert!(n > JOURNAL_PAGES as usize * JOURNAL_RECORDS);
-    assert!(rig.trace.iter().any(|io| matches!(io, DiskIo::Sync { file: FileKind::Data })), "no flush was asked for");
+    assert!(
+        rig.trace.iter().any(|io| matches!(io, DiskIo::Sync { file: FileKind::Data, .. })),
+        "no flush was asked for"
+    );
     rig.kill();
     rig.attach(1, 2);
     for block in (0..BLOCKS).step_by(2) {
@@ -313,7 +316,7 @@ fn a_full_journal_flushes_for_its_own_sake() {
 fn while_no_page_is_free_writes_wait() {
     let mut rig = Rig::attached();
     rig.done(write(0, 1, 1));
-    let is_sync = |io: &DiskIo| matches!(io, DiskIo::Sync { file: FileKind::Data });
+    let is_sync = |io: &DiskIo| matches!(io, DiskIo::Sync { file: FileKind::Data, .. });
     // A flush that does not end.
     rig.send(Request::Flush { flush: FlushNo(1) });
     rig.run_only(|io| !is_sync(io));

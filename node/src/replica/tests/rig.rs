@@ -290,8 +290,10 @@ impl Rig {
                                 syncs: Vec::new(),
                             });
                         }
-                        DiskIo::Sync { file } => {
-                            for change in self.file(*file).unsynced.iter_mut().filter(|c| c.ended) {
+                        DiskIo::Sync { file, map } => {
+                            let map_at = Layout::new(BLOCKS).map(0) as usize;
+                            let covered = |c: &Change| *file == FileKind::Data || *map || c.offset < map_at;
+                            for change in self.file(*file).unsynced.iter_mut().filter(|c| c.ended && covered(c)) {
                                 change.syncs.push(op);
                             }
                         }
@@ -372,7 +374,7 @@ impl Rig {
                 self.data.current[at..at + len].fill(0);
                 self.data.unsynced.iter_mut().find(|c| c.op == op).expect("was begun").ended = true;
             }
-            DiskIo::Sync { file } => {
+            DiskIo::Sync { file, .. } => {
                 // What had ended when the sync began is durable now; the rest may be lost yet.
                 let file = self.file(*file);
                 for change in file.unsynced.extract_if(.., |c| c.syncs.contains(&op)) {

@@ -13,7 +13,7 @@ fn is_data(io: &DiskIo) -> bool {
 }
 
 fn is_meta_sync(io: &DiskIo) -> bool {
-    matches!(io, DiskIo::Sync { file: FileKind::Meta })
+    matches!(io, DiskIo::Sync { file: FileKind::Meta, .. })
 }
 
 fn hashes(rig: &mut Rig, block: u64, count: u32) -> Vec<proto::frame::BlockHash> {
@@ -264,7 +264,7 @@ fn r9_flushes_that_come_during_a_pass_share_the_next() {
     rig.run_only(is_data);
     rig.run();
     assert!(tags.iter().all(|t| rig.reply(*t) == Some(&Reply::Done(Kind::Flush))));
-    let syncs = rig.trace.iter().filter(|io| matches!(io, DiskIo::Sync { file: FileKind::Data })).count();
+    let syncs = rig.trace.iter().filter(|io| matches!(io, DiskIo::Sync { file: FileKind::Data, .. })).count();
     assert_eq!(syncs, 2);
     assert_eq!(failed(&rig.ask(Request::Flush { flush: FlushNo(5) })), Code::Invalid, "numbers rise");
 }
