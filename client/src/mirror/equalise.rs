@@ -100,7 +100,7 @@ pub(super) struct Equalise {
     hopeless: bool,
     /// Such a block is bad on a joining replica now, too.
     distrusted: bool,
-    /// Those that had a bad block.
+    /// Those that had bad blocks, if all of them are replaced.
     had_bad: Mask,
 }
 
@@ -549,7 +549,7 @@ impl Mirror {
         let mut restamps: BTreeMap<usize, Blocks> = BTreeMap::new();
         let mut copies: BTreeMap<(usize, usize), Blocks> = BTreeMap::new();
         let mut distrusts: BTreeMap<usize, Blocks> = BTreeMap::new();
-        let mut had_bad = Mask::EMPTY;
+        let (mut had_bad, mut stays_bad) = (Mask::EMPTY, false);
         let bases = self.base_ranks(region, &hashed);
         if bases.is_empty() && !run.compare_only {
             // The last member was lost meanwhile; of the others none says what is right.
@@ -585,6 +585,7 @@ impl Mirror {
                 (Some((_, base)), _) => *base,
                 (None, Some((_, most))) => *most,
                 (None, None) => {
+                    stays_bad = true;
                     for slot in hashed.iter().filter(|s| self.slots[**s].join().is_some()) {
                         set_bit(distrusts.entry(*slot).or_default(), i);
                     }
@@ -610,7 +611,7 @@ impl Mirror {
         }
         let run = self.equalising.get_mut(&region).expect("above");
         run.comparison = comparison;
-        run.had_bad = had_bad;
+        run.had_bad = if stays_bad { Mask::EMPTY } else { had_bad };
         run.restamps = restamps.into_iter().collect();
         run.copies = copies.into_iter().map(|((source, target), blocks)| (source, target, blocks)).collect();
         // A joining replica's block can't be made equal to one that no member can vouch for, and must not be served as

@@ -1,6 +1,6 @@
 //! Carries disk operations out for one data thread.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -22,6 +22,8 @@ const THROTTLED: Duration = Duration::from_millis(5);
 /// For this long after it, writes go through the engine.
 const THROTTLE_PAUSE: Duration = Duration::from_millis(500);
 
+/// A sync in place has at most so many bytes of data to write.
+const IN_PLACE_SYNC: u64 = 256 << 10;
 /// After a sync in place that took longer than this none is tried for so many times as long: on a slow disk the thread
 /// waits for a twentieth of its time at most.
 const SLOW_SYNC: Duration = Duration::from_millis(2);
@@ -65,6 +67,11 @@ pub struct Engine {
     writes_wait_until: Option<Instant>,
     /// Operations that the back has.
     in_hand: usize,
+    /// Syncs that the back has, and what they sync of which replica's files.
+    syncs: Vec<(u64, Arc<FilePair>, u8)>,
+    /// Syncs that wait for others of the same file. The kernel tells one of those that run at a time that a page could not
+    /// be written, whichever asks first.
+    later: VecDeque<(u64, Arc<FilePair>, DiskIo)>,
     /// A sync that the thread may carry out itself.
     held: Option<(u64, Arc<FilePair>, DiskIo)>,
     /// Syncs that end with another one, by its number.
@@ -137,6 +144,8 @@ impl Engine {
             in_place_write: IN_PLACE_WRITE,
             writes_wait_until: None,
             in_hand: 0,
+            syncs: Vec::new(),
+            later: VecDeque::new(),
             held: None,
             shared: HashMap::new(),
             syncs_wait_until: None,
@@ -207,11 +216,25 @@ impl Engine {
     }
 
     fn pass_on(&mut self, number: u64, files: Arc<FilePair>, io: DiskIo) {
+        let syncs = synced_by(&io);
+        if syncs != 0 {
+            if self.has_to_wait(&files, syncs) {
+                return self.later.push_back((number, files, io));
+            }
+            self.syncs.push((number, files.clone(), syncs));
+        }
         self.in_hand += 1;
         match &mut self.back {
             Back::Blocking(blocking) => blocking.submit(number, files, io),
             Back::Uring(uring) => uring.submit(number, files, io),
         }
+    }
+
+    /// Whether a sync of the same file runs, or waits already.
+    fn has_to_wait(&self, files: &Arc<FilePair>, syncs: u8) -> bool {
+        let same = |other: &Arc<FilePair>, parts: u8| Arc::ptr_eq(other, files) && parts & syncs != 0;
+        self.syncs.iter().any(|(_, other, parts)| same(other, *parts))
+            || self.later.iter().any(|(_, other, io)| same(other, synced_by(io)))
     }
 
     /// Starts what was submitted: one system call for all of it. A sync may be left for [`sync_here`](Self::sync_here).
@@ -226,10 +249,14 @@ impl Engine {
         }
     }
 
-    /// Whether a sync is better waited for by the thread itself than told to another and told of by it: the disk is
-    /// quick, has nothing else to do but perhaps the sync of the other file, and no replica on another disk would wait.
+    /// Whether a sync is better waited for by the thread itself than told to another and told of by it: it makes a few
+    /// small writes durable, the disk is quick and has nothing else to do, and no replica on another disk would wait.
     fn may_sync_here(&self) -> bool {
-        self.in_hand <= 1
+        let Some((number, files, _)) = &self.held else { return false };
+        self.in_hand == 0
+            && self.later.is_empty()
+            && self.shared.contains_key(number)
+            && files.has_unsynced_at_most(IN_PLACE_SYNC)
             && matches!(self.disk, Disk::One(_))
             && self.syncs_wait_until.is_none_or(|until| Instant::now() >= until)
     }
@@ -268,6 +295,21 @@ impl Engine {
             Back::Uring(uring) => uring.reap(into),
         }
         self.in_hand -= into.len() - before;
+        if !self.syncs.is_empty() {
+            self.syncs.retain(|(number, ..)| !into[before..].iter().any(|(ended, _)| ended == number));
+            for (number, files, io) in std::mem::take(&mut self.later) {
+                self.pass_on(number, files, io);
+            }
+        }
         self.end_shared(into, before);
+    }
+}
+
+/// What an operation syncs: the data file (1), the meta file (2), both, or nothing.
+fn synced_by(io: &DiskIo) -> u8 {
+    match io {
+        DiskIo::Sync { file: FileKind::Data, .. } => 1,
+        DiskIo::Sync { file: FileKind::Meta, map } => 2 | u8::from(*map),
+        _ => 0,
     }
 }

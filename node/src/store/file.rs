@@ -35,6 +35,8 @@ pub struct FilePair {
     data: File,
     meta: File,
     layout: Layout,
+    /// Bytes of data that were written since the data file's last sync began; `u64::MAX`: it is not known.
+    unsynced_data: AtomicU64,
     /// Of the map, behind the data.
     map_writes: Writes,
     meta_writes: Writes,
@@ -140,7 +142,11 @@ impl FilePair {
         let in_memory = [(&data, &data_is), (&meta, &meta_is)].iter().all(|(file, is)| is.is_file() && on_tmpfs(file));
         let (map_writes, meta_writes) = (Writes::new(), Writes::new());
         let (dir, device) = (dir.to_owned(), data_is.dev());
-        Ok((Self { data, meta, layout, map_writes, meta_writes, dir, replica, in_memory, device }, found))
+        let unsynced_data = AtomicU64::new(u64::MAX);
+        Ok((
+            Self { data, meta, layout, unsynced_data, map_writes, meta_writes, dir, replica, in_memory, device },
+            found,
+        ))
     }
 
     /// Makes the files as long as the layout says, sparse, and their names durable. All metadata read as zeroes
@@ -206,12 +212,20 @@ impl FilePair {
     }
 
     /// A write has ended, well or not. To be said before the core hears of it.
-    pub(crate) fn wrote(&self, file: FileKind, offset: u64) {
+    pub(crate) fn wrote(&self, file: FileKind, offset: u64, len: usize) {
         match file {
-            FileKind::Data => {}
+            FileKind::Data => {
+                let add = |known: u64| Some(known.saturating_add(len as u64));
+                let _ = self.unsynced_data.fetch_update(Ordering::AcqRel, Ordering::Acquire, add);
+            }
             FileKind::Meta if offset < self.layout.map(0) => _ = self.meta_writes.ended.fetch_add(1, Ordering::AcqRel),
             FileKind::Meta => _ = self.map_writes.ended.fetch_add(1, Ordering::AcqRel),
         }
+    }
+
+    /// Whether a sync of the data file has no more than so many bytes of data to write.
+    pub(crate) fn has_unsynced_at_most(&self, bytes: u64) -> bool {
+        self.unsynced_data.load(Ordering::Acquire) <= bytes
     }
 
     /// Whether a sync of the data file is one of the meta file as well: of the latter nothing but the map was written.
@@ -221,6 +235,9 @@ impl FilePair {
 
     /// What a sync begins with.
     pub(crate) fn sync_step(&self, file: FileKind, map: bool) -> SyncStep {
+        if file == FileKind::Data {
+            self.unsynced_data.store(0, Ordering::Release);
+        }
         let map_too = file == FileKind::Meta && map && !self.map_writes.are_synced();
         if file == FileKind::Data || map_too && self.meta_writes.are_synced() {
             return SyncStep { part: Part::Data, covers: self.map_writes.ended(), map_too: false };
@@ -276,7 +293,7 @@ impl FilePair {
             DiskIo::Write { file, offset, bytes } => {
                 let (part, at) = self.place(*file, *offset, bytes.len() as u64);
                 let result = part.write_all_at(bytes, at);
-                self.wrote(*file, *offset);
+                self.wrote(*file, *offset, bytes.len());
                 result.map(|()| DiskData::None)
             }
             DiskIo::Punch { offset, len } => {

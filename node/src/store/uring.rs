@@ -258,8 +258,8 @@ impl Running {
             _ => Ok(DiskData::None),
         };
         let (what, file, offset) = describe(&self.io);
-        if let DiskIo::Write { .. } = &self.io {
-            self.files.wrote(file, offset);
+        if let DiskIo::Write { bytes, .. } = &self.io {
+            self.files.wrote(file, offset, bytes.len());
         }
         outcome(&self.files, what, file, offset, ended)
     }
